@@ -1,0 +1,87 @@
+"""Finds methods: each file here, entry points in `sidebench.methods`, and a path to a file with one method."""
+
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from ..cache.errors import SidebenchError, unknown
+from ._base import Method, configured, describe_config
+
+
+@dataclass(frozen=True)
+class Named:
+    """A method as the user typed it, and the key its options go by."""
+
+    text: str
+    key: str
+    cls: type[Method]
+
+    def configured(self, settings: Mapping[str, str]) -> Method:
+        """The method with `settings` (KEY -> text) over its defaults."""
+        return self.cls(configured(self.key, self.cls.Config, settings))
+
+
+def known_methods() -> tuple[str, ...]:
+    """Names of the methods that need no path, sorted."""
+    package = importlib.import_module(__package__ or "")
+    inside = {info.name for info in pkgutil.iter_modules(package.__path__) if not info.name.startswith("_")}
+    return tuple(sorted(inside | {point.name for point in entry_points(group="sidebench.methods")}))
+
+
+def find_method(text: str) -> Named:
+    """Resolve `unipt`, an entry point, or `./mine.py`.
+
+    Raises SidebenchError with the nearest name for an unknown one, and for a file that does not hold one method.
+    """
+    if text.endswith(".py"):
+        return Named(text, Path(text).stem, _single_method(_import_file(Path(text)), text))
+    outside = {point.name: point for point in entry_points(group="sidebench.methods")}
+    if text in outside:
+        loaded = outside[text].load()
+        return Named(text, text, loaded if isinstance(loaded, type) else _single_method(loaded, text))
+    if text.startswith("_") or text not in known_methods():
+        raise unknown("method", text, known_methods())
+    return Named(text, text, _single_method(importlib.import_module(f".{text}", __package__), text))
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What `bench methods` prints, all of it read from the method's file."""
+    cls = find_method(name).cls
+    summary = (cls.__doc__ or "").strip().splitlines()[0]
+    config = describe_config(cls.Config)
+    return {"name": name, "kind": cls.kind, "paper": cls.paper, "summary": summary, "config": config}
+
+
+def config_facts(method: Method) -> dict[str, Any]:
+    """A method's configuration as plain JSON, for the run record."""
+    return asdict(method.config)
+
+
+def _single_method(module: Any, text: str) -> type[Method]:
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise SidebenchError(f"{text} defines {len(found)} methods; a method file defines one subclass of Method.")
+    return found[0]
+
+
+def _import_file(path: Path) -> Any:
+    if not path.is_file():
+        raise SidebenchError(f"no method file {path}; looked in {path.resolve().parent}.")
+    spec = importlib.util.spec_from_file_location(f"sidebench_user_method_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise SidebenchError(f"{path} cannot be imported as Python.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise SidebenchError(f"importing {path} failed: {type(error).__name__}: {error}") from error
+    return module

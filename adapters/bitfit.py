@@ -1,0 +1,32 @@
+"""BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models.
+Ben Zaken, Ravfogel, Goldberg. ACL 2022, arXiv 2106.10199.
+
+Only the biases train: of projections, MLPs, norms and the patch embedding. Starts at the pretrained function.
+Nothing is cached: the gradient crosses the whole backbone. Trained: every bias the final tokens depend on.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..cache.backbone import Backbone
+from ._base import BackboneBody, Body, LiveMethod, TrainingConfig, option
+
+
+@dataclass(frozen=True)
+class Config(TrainingConfig):
+    """BitFit's options."""
+
+    lr: float = option(3e-4, "peak learning rate (the BitFit baseline of LST's released code)")
+
+
+class BitFit(LiveMethod):
+    """Train the backbone's biases."""
+
+    Config: ClassVar[type] = Config
+    paper = "BitFit, ACL 2022, arXiv 2106.10199"
+
+    def build(self, backbone: Backbone) -> Body:
+        """See LiveMethod."""
+        for name, parameter in backbone.used_parameters().items():
+            parameter.requires_grad_(name.endswith("bias"))
+        return BackboneBody(backbone)

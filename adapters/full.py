@@ -1,0 +1,32 @@
+"""Full fine-tuning: every weight trains. The upper end of cost, and for most methods the accuracy to reach.
+
+As in BERT (Devlin et al., NAACL 2019, arXiv 1810.04805, sec. 4) and ViT (Dosovitskiy et al., ICLR 2021).
+Trained: every parameter the final tokens depend on; a pooler or mask token that nothing reads is left out.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..cache.backbone import Backbone
+from ._base import BackboneBody, Body, LiveMethod, TrainingConfig, option
+
+
+@dataclass(frozen=True)
+class Config(TrainingConfig):
+    """Options of full fine-tuning."""
+
+    lr: float = option(5e-5, "peak learning rate (the largest of BERT's fine-tuning grid, arXiv 1810.04805 app. A.3)")
+    weight_decay: float = option(0.01, "AdamW's weight decay (BERT, arXiv 1810.04805 app. A.2)")
+
+
+class FullFineTuning(LiveMethod):
+    """Train every weight of the backbone."""
+
+    Config: ClassVar[type] = Config
+    paper = "full fine-tuning, as in BERT, NAACL 2019, arXiv 1810.04805"
+
+    def build(self, backbone: Backbone) -> Body:
+        """See LiveMethod."""
+        for parameter in backbone.used_parameters().values():
+            parameter.requires_grad_(True)
+        return BackboneBody(backbone)

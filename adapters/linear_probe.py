@@ -1,0 +1,98 @@
+"""Linear probe: logistic regression on the frozen network's pooled output.
+Alain & Bengio, Understanding intermediate layers using linear classifier probes, ICLR 2017 workshop, arXiv 1610.01644;
+solved by L-BFGS with the L2 weight swept on validation as in CLIP (Radford et al., ICML 2021, arXiv 2103.00020, A.3).
+
+The bar any side network has to clear, so it is made as good as it gets: features standardised, solved to convergence in
+float64, the L2 weight chosen on validation. Cached: one vector per example. Trained: D K + K.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ._base import FittedMethod, option
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of the probe. It has no learning rate."""
+
+    smallest_l2: float = option(1e-6, "weakest L2 weight tried, on the mean loss (CLIP sweeps 1e-6 to 1e6)")
+    largest_l2: float = option(1e2, "strongest L2 weight tried")
+    candidates: int = option(17, "number of L2 weights tried, equally spaced in the logarithm")
+    max_iterations: int = option(
+        1000, "L-BFGS iterations per L2 weight at most; the record says if one did not converge"
+    )
+
+
+class LinearProbe(FittedMethod):
+    """Logistic regression on standardised pooled features, L2 weight chosen on validation."""
+
+    Config: ClassVar[type] = Config
+    paper = "linear classifier probes, arXiv 1610.01644; L-BFGS sweep as in CLIP, arXiv 2103.00020"
+
+    def fit(
+        self, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], num_outputs: int
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """See FittedMethod. From the strongest L2 weight to the weakest, each started where the last one ended."""
+        features, targets = train
+        probe = Probe(features.double(), num_outputs)
+        best: tuple[float, float, dict[str, Tensor]] | None = None
+        unconverged = []
+        for l2 in self._grid():
+            if not solve(probe, features.double(), targets, l2, self.config.max_iterations):
+                unconverged.append(l2)
+            with torch.no_grad():
+                accuracy = float((probe(val[0]).argmax(1) == val[1]).double().mean())
+            if best is None or accuracy > best[0]:  # on a tie the stronger regularisation stays
+                best = (accuracy, l2, {k: v.clone() for k, v in probe.state_dict().items()})
+        assert best is not None
+        probe.load_state_dict(best[2])
+        return probe, {"l2": best[1], "val_score": best[0], "unconverged_l2": unconverged}
+
+    def _grid(self) -> list[float]:
+        low, high = (
+            torch.tensor([self.config.smallest_l2, self.config.largest_l2], dtype=torch.float64).log10().tolist()
+        )
+        return torch.logspace(high, low, self.config.candidates, dtype=torch.float64).tolist()
+
+
+class Probe(nn.Module):
+    """Standardise, then one linear map, in float64. Mean and deviation come from the training features."""
+
+    def __init__(self, features: Tensor, num_outputs: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", features.mean(0))
+        deviation = features.std(0, unbiased=False)
+        self.register_buffer("deviation", torch.where(deviation > 0, deviation, torch.ones_like(deviation)))
+        self.linear = nn.Linear(features.shape[1], num_outputs, dtype=features.dtype, device=features.device)
+        nn.init.zeros_(self.linear.weight)  # convex: the start does not matter, so it is the same for every seed
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (N, K) of features (N, D)."""
+        mean, deviation = self.get_buffer("mean"), self.get_buffer("deviation")
+        return self.linear((features.to(mean.dtype) - mean) / deviation)
+
+
+def solve(probe: Probe, features: Tensor, targets: Tensor, l2: float, max_iterations: int) -> bool:
+    """Minimise mean cross-entropy + l2/2 |W|² over `probe`; returns whether the gradient vanished."""
+    optimizer = torch.optim.LBFGS(
+        probe.parameters(),
+        max_iter=max_iterations,
+        tolerance_grad=1e-7,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(probe(features), targets) + l2 / 2 * probe.linear.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    largest = max(float(p.grad.abs().max()) for p in probe.parameters() if p.grad is not None)
+    return largest < 1e-5

@@ -1,0 +1,1 @@
+"""The comparison: tasks, the one training loop, meters, records, statistics, reports."""

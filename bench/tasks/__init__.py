@@ -1,0 +1,1 @@
+"""Tasks: labelled examples, their splits, and how they are scored."""

@@ -1,0 +1,141 @@
+"""Labelled texts and images in task order, and the hash that says which ones they are."""
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...cache.errors import SidebenchError
+from .images import load_image
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# A file changed twice within the clock's grain keeps its mtime, so a hash is remembered only once the file has settled.
+_SETTLED_NS = 2_000_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class TextExamples:
+    """Texts in memory."""
+
+    ids: tuple[str, ...]
+    targets: NDArray[np.int64]
+    classes: tuple[str, ...]
+    texts: tuple[str, ...]
+    modality: Literal["text"] = "text"
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def load(self, index: int) -> str:
+        """The text itself."""
+        return self.texts[index]
+
+    @cached_property
+    def content_sha256(self) -> str:
+        """Hash over ids, UTF-8 texts, class names and targets in order."""
+        digests = (hashlib.sha256(text.encode("utf-8")).hexdigest() for text in self.texts)
+        return _content_hash(self.modality, self.ids, self.targets, self.classes, digests)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageExamples:
+    """Image files, opened one by one; `memo` is the file that remembers their hashes."""
+
+    ids: tuple[str, ...]
+    targets: NDArray[np.int64]
+    classes: tuple[str, ...]
+    paths: tuple[Path, ...]
+    memo: Path
+    modality: Literal["image"] = "image"
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def load(self, index: int) -> "Image":
+        """RGB image; a file that cannot be read is named in the error."""
+        return load_image(self.paths[index])
+
+    @cached_property
+    def content_sha256(self) -> str:
+        """Hash over ids, bytes of the image files, class names and targets in order."""
+        return _content_hash(self.modality, self.ids, self.targets, self.classes, file_hashes(self.paths, self.memo))
+
+
+def file_hashes(paths: Iterable[Path], memo: Path) -> list[str]:
+    """sha256 per file; a file whose size and mtime are as remembered in `memo` is not read again."""
+    known = _remembered(memo)
+    fresh: dict[str, list[int | str]] = {}
+    hashes: list[str] = []
+    for path in paths:
+        key = str(path.absolute())
+        try:
+            facts = path.stat()
+            remembered = known.get(key)
+            if isinstance(remembered, list) and remembered[:2] == [facts.st_size, facts.st_mtime_ns]:
+                hashes.append(str(remembered[2]))
+                continue
+            with path.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise SidebenchError(f"the image {path} cannot be read ({error.strerror}).") from error
+        hashes.append(digest)
+        if time.time_ns() - facts.st_mtime_ns > _SETTLED_NS:
+            fresh[key] = [facts.st_size, facts.st_mtime_ns, digest]
+    if fresh:
+        _remember(memo, {**known, **fresh})
+    return hashes
+
+
+def _remembered(memo: Path) -> dict[str, object]:
+    """What `memo` holds; a memo that is missing or damaged only costs a reread."""
+    try:
+        known = json.loads(memo.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(known, dict):
+        return {}
+    return {key: entry for key, entry in known.items() if _is_entry(entry)}
+
+
+def _is_entry(entry: object) -> bool:
+    if not (isinstance(entry, list) and len(entry) == 3):
+        return False
+    size, mtime, digest = entry
+    return isinstance(size, int) and isinstance(mtime, int) and isinstance(digest, str) and len(digest) == 64
+
+
+def _remember(memo: Path, entries: dict[str, object]) -> None:
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".hashes-", dir=memo.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="ascii") as stream:
+            json.dump(entries, stream)
+        os.replace(name, memo)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _content_hash(
+    modality: str,
+    ids: tuple[str, ...],
+    targets: NDArray[np.int64],
+    classes: tuple[str, ...],
+    digests: Iterable[str],
+) -> str:
+    """One JSON line per example, so that no two different tasks run together into the same bytes."""
+    total = hashlib.sha256(json.dumps(["sidebench content 1", modality, classes]).encode() + b"\n")
+    for name, target, digest in zip(ids, targets.tolist(), digests, strict=True):
+        total.update(json.dumps([name, target, digest]).encode() + b"\n")
+    return total.hexdigest()

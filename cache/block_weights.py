@@ -1,0 +1,97 @@
+"""The matrices of a backbone's blocks under one set of names, for methods that copy or prune them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .backbone import Backbone
+from .errors import SidebenchError
+
+_QUERY = ("query", "q_proj", "q_lin", "q")
+_KEY = ("key", "k_proj", "k_lin", "k")
+_VALUE = ("value", "v_proj", "v_lin", "v")
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """One transformer block: (weight, bias) pairs on the host; a weight is (rows = outputs, columns = inputs)."""
+
+    query: tuple[Tensor, Tensor | None]
+    key: tuple[Tensor, Tensor | None]
+    value: tuple[Tensor, Tensor | None]
+    out: tuple[Tensor, Tensor | None]
+    fc1: tuple[Tensor, Tensor | None]
+    fc2: tuple[Tensor, Tensor | None]
+    norm1: tuple[Tensor, Tensor | None]
+    norm2: tuple[Tensor, Tensor | None]
+    scales: tuple[Tensor, Tensor] | None  # layer scale after attention and after the MLP
+
+
+@dataclass(frozen=True)
+class BackboneWeights:
+    """Embedding (anything, D), the blocks, and the final norm where there is one."""
+
+    embedding: Tensor
+    blocks: tuple[BlockWeights, ...]
+    norm: tuple[Tensor, Tensor | None] | None
+
+
+def attention_projections(block: nn.Module, which: Sequence[str] = ("query", "value")) -> dict[str, nn.Linear]:
+    """Dotted paths inside `block` of the wanted attention projections ("query", "key", "value").
+
+    They are found by the last part of their name, because families differ and no table keeps up. Raises SidebenchError
+    when one is missing.
+    """
+    names = {"query": _QUERY, "key": _KEY, "value": _VALUE}
+    linears = {path: m for path, m in block.named_modules() if isinstance(m, nn.Linear)}
+    found: dict[str, nn.Linear] = {}
+    for role in which:
+        hits = {path: m for path, m in linears.items() if path.rsplit(".", 1)[-1] in names[role]}
+        if not hits:
+            raise SidebenchError(
+                f"no {role} projection in {type(block).__name__}: looked for a Linear called {', '.join(names[role])}, "
+                f"found {', '.join(linears) or 'no Linear at all'}."
+            )
+        found.update(hits)
+    return found
+
+
+def read_weights(backbone: Backbone) -> BackboneWeights:
+    """Copies of the weights on the host. Raises SidebenchError when a block is not the usual attention and MLP."""
+    tables = [m.weight for m in backbone.module.modules() if isinstance(m, nn.Embedding)]
+    patches = [m.weight.flatten(1).T for m in backbone.module.modules() if isinstance(m, nn.Conv2d)]
+    embedding = max(tables, key=len) if backbone.arch.modality == "text" else patches[0]
+    norm = None
+    if backbone.final_layer == "norm":
+        norm = _pair(backbone.module.get_submodule(backbone.tap_path("norm")))
+    return BackboneWeights(_host(embedding), tuple(_read_block(block) for block in backbone.blocks), norm)
+
+
+def _read_block(block: nn.Module) -> BlockWeights:
+    named = attention_projections(block, ("query", "key", "value"))
+    norms = [m for m in block.modules() if isinstance(m, nn.LayerNorm)]
+    others = [m for m in block.modules() if isinstance(m, nn.Linear) and m not in named.values()]
+    if len(named) != 3 or len(others) != 3 or len(norms) != 2:
+        raise SidebenchError(
+            f"{type(block).__name__} is not one attention and one two-layer MLP (found {len(named)} projections, "
+            f"{len(others)} other Linears, {len(norms)} LayerNorms), so its weights cannot be pruned."
+        )
+    scales = [p for name, p in block.named_parameters() if "layer_scale" in name]
+    query, key, value = (_pair(m) for m in named.values())
+    out, fc1, fc2 = (_pair(m) for m in others)  # registered in forward order in every family
+    first, second = (_pair(m) for m in norms)
+    pair = (_host(scales[0]), _host(scales[1])) if len(scales) == 2 else None
+    return BlockWeights(query, key, value, out, fc1, fc2, first, second, pair)
+
+
+def _pair(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    bias = getattr(module, "bias", None)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return _host(weight), _host(bias) if isinstance(bias, Tensor) else None
+
+
+def _host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)

@@ -1,0 +1,182 @@
+"""Backbones by URI: `hf:` (id or folder), `sample:` (pinned, no hub) and `module:` (any nn.Module)."""
+
+import hashlib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .backbone import Backbone, Norm
+from .errors import SidebenchError, unknown
+from .preprocess import ImagePreprocess, PlainImageProcessor, TextPreprocess, resized
+from .uri import parse_uri
+
+SCHEMES = {
+    "sample": "pretrained weights inside a registry package, pinned by sha256: sample:minilm-l6, sample:dinov2-small",
+    "hf": "a transformers folder or hub id: hf:./my-bert, hf:google/vit-base-patch16-224 (?tower=vision|text)",
+    "module": "any torch module from a factory on the path: module:package.file:factory",
+}
+_OPTIONS = {"hf": ("tower",)}
+MAX_LENGTH = 128  # tokens: enough for sentences, and stated in the digest
+
+# Which families normalise after the residual sum; all others here normalise before it.
+_POST_NORM = {"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "mpnet"}
+_PRE_NORM = {"vit", "deit", "dinov2", "dinov2_with_registers", "clip_vision_model", "clip_text_model", "vit_mae"}
+
+
+def load_backbone(
+    uri: str,
+    *,
+    home: Path,
+    device: torch.device,
+    image_size: int | None = None,
+    max_length: int | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Backbone:
+    """Load the frozen network a URI names, in float32 and eval mode, on `device`.
+
+    Raises SidebenchError for an unknown scheme, a missing folder, or a checkpoint that lacks weights.
+    """
+    parsed = parse_uri(uri, known={name: _OPTIONS.get(name, ()) for name in SCHEMES}, kind="backbone")
+    if parsed.scheme == "module":
+        backbone = _from_module(parsed.path, image_size)
+    else:
+        folder = parsed.path
+        if parsed.scheme == "sample":
+            from .samples import fetch
+
+            folder = str(fetch(parsed.path, home=home, say=say))
+        backbone = _from_transformers(folder, parsed.options.get("tower"), image_size, max_length)
+    backbone.module.to(device)
+    return backbone
+
+
+def weights_sha256(module: nn.Module, skip: Iterable[str] = ()) -> str:
+    """Hash over name, dtype, shape and bytes of every tensor, by name: the same however the files are split.
+
+    `skip` names tensors the checkpoint does not hold, whose values are random.
+    """
+    digest = hashlib.sha256()
+    skipped = set(skip)
+    for name, tensor in sorted(module.state_dict().items()):
+        if name in skipped:
+            continue
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _from_transformers(folder: str, tower: str | None, image_size: int | None, max_length: int | None) -> Backbone:
+    import transformers
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    looks_local = folder.startswith((".", "/", "~")) or Path(folder).exists()
+    source = str(Path(folder).expanduser()) if looks_local else folder
+    if looks_local and not Path(source, "config.json").is_file():
+        raise SidebenchError(f"no transformers model at {folder}: looked for {source}/config.json.")
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, error, looks_local) from error
+    config, loader = _tower(config, tower, folder)
+    try:
+        module, report = loader.from_pretrained(
+            source, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _unreadable(folder, error, looks_local) from error
+    missing = set(report["missing_keys"])
+    needed = sorted(name for name in missing if "pooler" not in name and "mask_token" not in name)
+    if needed:
+        raise SidebenchError(
+            f"the checkpoint of hf:{folder} lacks {len(needed)} weights of {type(module).__name__}, the first is "
+            f"{needed[0]}; they would be random. Is this the right folder?"
+        )
+    family = {
+        "norm": _norm_of(config.model_type),
+        "heads": getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None),
+        "activation": getattr(config, "hidden_act", None),
+        "config_facts": _config_facts(config),
+        "unloaded": missing,
+    }
+    patch = getattr(config, "patch_size", None)
+    if patch is None:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        positions = getattr(config, "max_position_embeddings", None) or 512
+        length = max_length or min(MAX_LENGTH, positions)
+        if length > positions:
+            raise SidebenchError(f"--max-length {length} is beyond this backbone's {positions} positions.")
+        return Backbone(module, TextPreprocess(tokenizer, length), **family)
+    processor, side = resized(AutoImageProcessor.from_pretrained(source), image_size)
+    options = {}
+    if side != getattr(config, "image_size", side) and config.model_type != "dinov2":  # DINOv2 always interpolates
+        options["interpolate_pos_encoding"] = True
+    return Backbone(module, ImagePreprocess(processor, side, int(patch)), forward_options=options, **family)
+
+
+def _tower(config: Any, tower: str | None, folder: str) -> tuple[Any, Any]:
+    from transformers import AutoModel, AutoModelForTextEncoding
+
+    towers = [name for name in ("text", "vision") if hasattr(config, f"{name}_config")]
+    if towers:
+        if tower not in towers:
+            raise SidebenchError(f"hf:{folder} has the towers {', '.join(towers)}; say which: hf:{folder}?tower=vision")
+        config = getattr(config, f"{tower}_config")
+        return config, AutoModel._model_mapping[type(config)]
+    if tower:
+        raise SidebenchError(f"hf:{folder} is one network ({config.model_type}), it has no tower {tower!r}.")
+    return config, AutoModelForTextEncoding if getattr(config, "is_encoder_decoder", False) else AutoModel
+
+
+def _norm_of(model_type: str) -> Norm | None:
+    if model_type in _POST_NORM:
+        return "post"
+    return "pre" if model_type in _PRE_NORM else None
+
+
+def _config_facts(config: Any) -> dict[str, Any]:
+    """The configuration without what does not change an activation: versions, paths, label names."""
+    ignored = {"transformers_version", "architectures", "dtype", "torch_dtype", "id2label", "label2id", "use_cache"}
+    facts = config.to_diff_dict()
+    facts["model_type"] = config.model_type
+    return {k: v for k, v in facts.items() if not k.startswith("_") and k not in ignored}
+
+
+def _from_module(path: str, image_size: int | None) -> Backbone:
+    module_name, _, factory_name = path.partition(":")
+    if not factory_name:
+        raise SidebenchError(f"module:{path} lacks the factory; write module:package.file:factory.")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: a factory beside the user is found
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise SidebenchError(f"cannot import {module_name!r} for module:{path}: {error}.") from error
+    factory = getattr(module, factory_name, None)
+    if factory is None:
+        raise unknown(f"factory in {module_name}", factory_name, (n for n in vars(module) if not n.startswith("_")))
+    built = factory()
+    if isinstance(built, Backbone):
+        return built
+    if not isinstance(built, nn.Module):
+        raise SidebenchError(f"module:{path} returned {type(built).__name__}; wanted a torch.nn.Module or a Backbone.")
+    side = image_size or 224
+    # A plain module takes one positional image batch; Backbone passes keywords, so find that argument's name.
+    name = next(iter(inspect.signature(built.forward).parameters), "input")
+    return Backbone(built, ImagePreprocess(PlainImageProcessor(side), side, None, input_name=name))
+
+
+def _unreadable(folder: str, error: Exception, local: bool) -> SidebenchError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    hint = (
+        "" if local else " A folder on disk is written hf:./folder; without a hub, `bench backbones` lists the samples."
+    )
+    return SidebenchError(f"cannot load the backbone hf:{folder}: {lines[0][:300]}{hint}")

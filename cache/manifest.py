@@ -1,0 +1,196 @@
+"""What a store is: the facts that determine its bytes, their digest, and the list of every object in it."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .backbone import Architecture
+from .errors import SidebenchError
+from .layout import STORAGE_DTYPES, ArrayLayout
+
+FORMAT = "sidebench-activations/1"
+MANIFEST = "manifest.json"
+_LAYER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
+_LARGEST_MANIFEST_BYTES = 512 * 2**20
+_LARGEST_COUNT = 2**48
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """What one layer yields for ONE example: (tokens, width); `tokens` is None where it differs (text)."""
+
+    layer: str
+    tokens: int | None
+    width: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The facts of a store. Two builds with equal facts hold equal bytes, on any machine."""
+
+    architecture: Architecture
+    backbone: Mapping[str, Any]  # weights_sha256, config
+    preprocessing: Mapping[str, Any]
+    dataset: Mapping[str, Any]  # sha256, examples, limit
+    forward: Mapping[str, Any]  # precision, attention kernel, canonical batch size
+    tokens: str  # which tokens are kept: "all"
+    dtype: str
+    specs: tuple[ActivationSpec, ...]
+    rows: int  # stored tokens per ragged layer; for a dense store the number of examples
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Captured layers, in forward order."""
+        return tuple(spec.layer for spec in self.specs)
+
+    @property
+    def examples(self) -> int:
+        """Number of examples N."""
+        return int(self.dataset["examples"])
+
+    @property
+    def ragged(self) -> bool:
+        """Whether examples differ in their number of tokens."""
+        return any(spec.tokens is None for spec in self.specs)
+
+    def facts(self) -> dict[str, Any]:
+        """Plain JSON of everything that determines the bytes."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the canonical JSON of the facts; names the folder."""
+        return hashlib.sha256(canonical_json(self.facts()).encode()).hexdigest()
+
+    @property
+    def folder_name(self) -> str:
+        """The store's folder: the first 16 hex digits are enough to tell stores apart."""
+        return f"{self.digest[:16]}.zarr"
+
+    def arrays(self) -> dict[str, ArrayLayout]:
+        """Every array of the store by path; layouts are computed, never read from the store."""
+        found: dict[str, ArrayLayout] = {}
+        for spec in self.specs:
+            shape = (self.rows, spec.width) if spec.tokens is None else (self.examples, spec.tokens, spec.width)
+            found[f"layers/{spec.layer}"] = ArrayLayout(shape, self.dtype)
+        for spec in self.specs:
+            found[f"pooled/{spec.layer}"] = ArrayLayout((self.examples, 2, spec.width), self.dtype)
+        found["targets"] = ArrayLayout((self.examples,), "int64")
+        if self.ragged:
+            found["offsets"] = ArrayLayout((self.examples + 1,), "int64")
+        return found
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all chunk objects."""
+        return sum(layout.stored_bytes for layout in self.arrays().values())
+
+
+def canonical_json(value: Any) -> str:
+    """The one spelling of a JSON value: sorted keys, no spaces, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """One file of a store: its length and the crc32c of its payload."""
+
+    bytes: int
+    crc32c: int
+
+
+def write_manifest(manifest: Manifest, objects: Mapping[str, StoredObject]) -> str:
+    """The text of manifest.json: facts, their digest, and every object."""
+    listed = {path: [o.bytes, o.crc32c] for path, o in sorted(objects.items())}
+    document = {"digest": manifest.digest, "facts": manifest.facts(), "objects": listed}
+    return json.dumps(document, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
+
+
+def read_manifest(folder: Path) -> tuple[Manifest, dict[str, StoredObject]]:
+    """Read and check manifest.json of a committed store: it is untrusted input.
+
+    Raises SidebenchError when the store was never committed, is not ours, or its manifest contradicts itself.
+    """
+    path = folder / MANIFEST
+    try:
+        size = path.stat().st_size
+    except OSError:
+        raise SidebenchError(
+            f"{folder} is not a complete activation cache: it has no {MANIFEST}, so its build never finished. "
+            "Run the same `bench cache build` again to resume it."
+        ) from None
+    if size > _LARGEST_MANIFEST_BYTES:
+        raise SidebenchError(f"{path} has {size} bytes, more than any manifest of ours; refused.")
+    try:
+        document = json.loads(path.read_text("utf-8"))
+        manifest = manifest_from_facts(document["facts"])
+        objects = {str(key): StoredObject(_count(b), _count(c)) for key, (b, c) in document["objects"].items()}
+        stated = document["digest"]
+    except SidebenchError as error:
+        raise SidebenchError(f"{path} is refused: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise SidebenchError(f"{path} is no manifest of format {FORMAT}: {type(error).__name__}: {error}") from None
+    if stated != manifest.digest:
+        raise SidebenchError(
+            f"{path} was altered: its facts hash to {manifest.digest[:16]}, it states {str(stated)[:16]}."
+        )
+    return manifest, objects
+
+
+def manifest_from_facts(facts: Any) -> Manifest:
+    """Rebuild a Manifest from its JSON. Raises SidebenchError (or a plain lookup error) on anything unexpected."""
+    if facts["format"] != FORMAT:
+        raise SidebenchError(f"its format is {str(facts['format'])[:60]!r}; this version reads {FORMAT!r}.")
+    if facts["dtype"] not in STORAGE_DTYPES:
+        raise SidebenchError(f"its dtype is {str(facts['dtype'])[:40]!r}; known: {', '.join(STORAGE_DTYPES)}.")
+    specs = tuple(
+        ActivationSpec(str(s["layer"]), None if s["tokens"] is None else _count(s["tokens"]), _count(s["width"]))
+        for s in facts["specs"]
+    )
+    for spec in specs:
+        if not _LAYER_NAME.fullmatch(spec.layer) or ".." in spec.layer:
+            raise SidebenchError(f"its layer name {spec.layer[:60]!r} could not be a folder of a store.")
+    ragged = {spec.tokens is None for spec in specs}
+    if len(ragged) != 1 or len({spec.layer for spec in specs}) != len(specs):
+        raise SidebenchError("its layers are none, repeated, or partly ragged.")
+    _count(facts["dataset"]["examples"])
+    known = {field.name for field in fields(Architecture)}
+    values = {k: v for k, v in facts.items() if k not in ("format", "architecture", "specs", "rows")}
+    return Manifest(
+        architecture=Architecture(**{k: v for k, v in facts["architecture"].items() if k in known}),
+        specs=specs,
+        rows=_count(facts["rows"]),
+        **values,
+    )
+
+
+def differences(wanted: Manifest, found: Manifest) -> list[str]:
+    """Which facts differ, as `field: wanted …, found …`; layers are left to `missing_layers`."""
+    lines: list[str] = []
+    a, b = wanted.facts(), found.facts()
+    for field in ("architecture", "backbone", "preprocessing", "dataset", "forward", "tokens", "dtype"):
+        _compare(field, a[field], b[field], lines)
+    return lines
+
+
+def missing_layers(wanted: Sequence[str], found: Manifest) -> tuple[str, ...]:
+    """Layers a reader wants that the store does not hold."""
+    return tuple(layer for layer in wanted if layer not in found.layers)
+
+
+def _compare(name: str, wanted: Any, found: Any, lines: list[str]) -> None:
+    if isinstance(wanted, Mapping) and isinstance(found, Mapping):
+        for key in sorted({*wanted, *found}):
+            _compare(f"{name}.{key}", wanted.get(key), found.get(key), lines)
+    elif wanted != found:
+        lines.append(f"{name}: wanted {str(wanted)[:60]}, found {str(found)[:60]}")
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _LARGEST_COUNT:
+        raise SidebenchError(f"it holds {str(value)[:40]!r} where a count belongs.")
+    return value

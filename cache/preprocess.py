@@ -1,0 +1,192 @@
+"""From raw examples to the tensors a backbone takes: tokenizers for text, image processors for images."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import SidebenchError
+from .examples import Modality
+
+Inputs = dict[str, Tensor]
+"""Keyword arguments of the backbone's forward."""
+
+
+class Preprocess(Protocol):
+    """Turns raw examples into prepared ones (one by one), and prepared ones into a batch."""
+
+    modality: Modality
+
+    def facts(self) -> dict[str, Any]:
+        """Everything that changes the result, as plain JSON: part of the cache's digest."""
+        ...
+
+    def prepare(self, raw: Sequence[Any]) -> list[Tensor]:
+        """One tensor per example: (T,) token ids, or (3, H, W) pixels."""
+        ...
+
+    def collate(self, prepared: Sequence[Tensor]) -> tuple[Inputs, Tensor | None]:
+        """A batch, and the (B, T) bool mask of its real tokens (None: every token is real)."""
+        ...
+
+    def dummy(self, device: torch.device) -> Inputs:
+        """A batch of one example, to learn shapes from."""
+        ...
+
+    def prefix_tokens(self, tokens: int) -> int:
+        """How many of `tokens` lead the sequence without being a patch."""
+        ...
+
+
+class TextPreprocess:
+    """Token ids through a transformers tokenizer, cut at `max_length`, padded on the right to the longest."""
+
+    modality: Modality = "text"
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.pad_id = int(tokenizer.pad_token_id or 0)
+        self._sha256 = _tokenizer_sha256(tokenizer)
+
+    def facts(self) -> dict[str, Any]:
+        """See Preprocess."""
+        return {"kind": "text", "tokenizer_sha256": self._sha256, "max_length": self.max_length}
+
+    def prepare(self, raw: Sequence[str]) -> list[Tensor]:
+        """See Preprocess."""
+        encoded = self.tokenizer(list(raw), truncation=True, max_length=self.max_length)["input_ids"]
+        return [torch.tensor(ids, dtype=torch.long) for ids in encoded]
+
+    def collate(self, prepared: Sequence[Tensor]) -> tuple[Inputs, Tensor | None]:
+        """See Preprocess."""
+        longest = max(len(ids) for ids in prepared)
+        ids = torch.full((len(prepared), longest), self.pad_id)
+        mask = torch.zeros((len(prepared), longest), dtype=torch.bool)
+        for row, example in enumerate(prepared):
+            ids[row, : len(example)] = example
+            mask[row, : len(example)] = True
+        return {"input_ids": ids, "attention_mask": mask.long()}, mask
+
+    def dummy(self, device: torch.device) -> Inputs:
+        """See Preprocess."""
+        ids = torch.ones((1, 4), dtype=torch.long, device=device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def prefix_tokens(self, tokens: int) -> int:
+        """Zero: a text's mean runs over all its tokens, as sentence embeddings do."""
+        return 0
+
+
+class ImagePreprocess:
+    """Pixels through a transformers image processor (or any callable with `to_dict`), all of one size."""
+
+    modality: Modality = "image"
+
+    def __init__(self, processor: Any, image_size: int, patch_size: int | None, input_name: str = "pixel_values"):
+        if patch_size and image_size % patch_size:
+            lower = max(image_size // patch_size, 1) * patch_size
+            raise SidebenchError(
+                f"--image-size {image_size} is no multiple of this backbone's patch size {patch_size}; "
+                f"use {lower} or {lower + patch_size}."
+            )
+        self.processor = processor
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.input_name = input_name
+
+    def facts(self) -> dict[str, Any]:
+        """See Preprocess."""
+        described = self.processor.to_dict() if hasattr(self.processor, "to_dict") else {}
+        kept = {k: v for k, v in described.items() if not k.startswith("_") and not k.endswith(("_type", "_class"))}
+        return {"kind": "image", "image_size": self.image_size, "processor": json.loads(json.dumps(kept, default=str))}
+
+    def prepare(self, raw: Sequence[Any]) -> list[Tensor]:
+        """See Preprocess."""
+        pixels = self.processor(images=list(raw), return_tensors="pt")["pixel_values"]
+        return list(pixels.float().unbind(0))
+
+    def collate(self, prepared: Sequence[Tensor]) -> tuple[Inputs, Tensor | None]:
+        """See Preprocess."""
+        return {self.input_name: torch.stack(list(prepared))}, None
+
+    def dummy(self, device: torch.device) -> Inputs:
+        """See Preprocess."""
+        return {self.input_name: torch.zeros((1, 3, self.image_size, self.image_size), device=device)}
+
+    def prefix_tokens(self, tokens: int) -> int:
+        """The tokens beyond the grid of patches: class token and registers. Zero for a convolutional map."""
+        if not self.patch_size:
+            return 0
+        return max(tokens - (self.image_size // self.patch_size) ** 2, 0)
+
+
+class PlainImageProcessor:
+    """Resize to a square, scale to 0-1, normalise with ImageNet's mean and deviation: for `module:` backbones."""
+
+    mean = (0.485, 0.456, 0.406)
+    std = (0.229, 0.224, 0.225)
+
+    def __init__(self, image_size: int) -> None:
+        self.image_size = image_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts of this processing."""
+        return {"resize": "bicubic", "mean": list(self.mean), "std": list(self.std)}
+
+    def __call__(self, images: Sequence[Any], return_tensors: str = "pt") -> dict[str, Tensor]:
+        """Pixels (B, 3, S, S) of RGB images."""
+        import numpy as np
+        from PIL import Image
+
+        size = (self.image_size, self.image_size)
+        rows = [np.asarray(image.resize(size, Image.Resampling.BICUBIC), dtype=np.float32) / 255 for image in images]
+        pixels = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        return {"pixel_values": (pixels - mean) / std}
+
+
+def resized(processor: Any, image_size: int | None) -> tuple[Any, int]:
+    """The processor for a square of `image_size` pixels (None: its own), keeping its resize-to-crop ratio.
+
+    Returns the processor and the side length. Raises SidebenchError when its form is not known.
+    """
+    crop = _side(getattr(processor, "crop_size", None)) if getattr(processor, "do_center_crop", False) else None
+    size = _side(getattr(processor, "size", None))
+    own = crop or size
+    if own is None:
+        raise SidebenchError(f"cannot tell the image size of {type(processor).__name__}; found size={processor.size}.")
+    if image_size is None or image_size == own:
+        return processor, own
+    options = processor.to_dict()
+    if crop:
+        options["crop_size"] = {"height": image_size, "width": image_size}
+        options["size"] = {"shortest_edge": round(image_size * (size or crop) / crop)}
+    else:
+        options["size"] = {"height": image_size, "width": image_size}
+    return type(processor).from_dict(options), image_size
+
+
+def _side(size: Any) -> int | None:
+    if size is None:
+        return None
+    get = size.get if hasattr(size, "get") else lambda key: getattr(size, key, None)
+    side = get("height") or get("shortest_edge")
+    return int(side) if side else None
+
+
+def _tokenizer_sha256(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        described: Any = sorted(tokenizer.get_vocab().items())
+    else:
+        described = json.loads(backend.to_str())
+        # Truncation and padding are state of the last call, not of the tokenizer; ours are facts of their own.
+        described.pop("truncation", None)
+        described.pop("padding", None)
+
+    text = json.dumps(described, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,113 @@
+"""The contract of a store: activations by example index and layer, whatever keeps them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .backbone import Architecture, Backbone
+
+Index = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """A batch: per layer (B, T, D) in storage dtype, padded with zeros on the right; mask (B, T) of real tokens."""
+
+    layers: Mapping[str, Tensor]
+    mask: Tensor
+
+    def to(self, device: torch.device) -> "Activations":
+        """The same batch on another device."""
+        moved = {name: value.to(device, non_blocking=True) for name, value in self.layers.items()}
+        return Activations(moved, self.mask.to(device, non_blocking=True))
+
+
+class Store(ABC):
+    """Read-only activations of N examples. `StoreContract` in the tests holds for every subclass."""
+
+    architecture: Architecture
+    layers: tuple[str, ...]
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of examples N."""
+
+    @abstractmethod
+    def read(self, index: Index, layers: Sequence[str]) -> Activations:
+        """Activations of the examples `index` (B,), in that order, repeats allowed.
+
+        Raises SidebenchError for a layer the store does not hold or a chunk whose checksum is wrong, IndexError for an
+        index outside 0 … N-1.
+        """
+
+
+class MemoryStore(Store):
+    """Activations held in RAM: one (T_i, D) tensor per example and layer."""
+
+    def __init__(self, architecture: Architecture, layers: Mapping[str, Sequence[Tensor]]) -> None:
+        self.architecture = architecture
+        self.layers = tuple(layers)
+        self._rows = {name: list(rows) for name, rows in layers.items()}
+
+    def __len__(self) -> int:
+        return len(next(iter(self._rows.values())))
+
+    def read(self, index: Index, layers: Sequence[str]) -> Activations:
+        """See Store."""
+        check_index(index, len(self))
+        require_layers(self.layers, layers)
+        lengths = [len(self._rows[layers[0]][i]) for i in index]
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        padded = {
+            name: torch.nn.utils.rnn.pad_sequence([self._rows[name][i] for i in index], batch_first=True)
+            for name in layers
+        }
+        return Activations(padded, mask)
+
+
+class LiveStore(Store):
+    """Activations computed on the spot by the frozen backbone: what a cache must equal and beat."""
+
+    def __init__(self, backbone: Backbone, prepared: Sequence[Tensor]) -> None:
+        self.architecture = backbone.arch
+        self.layers = backbone.layers
+        self._backbone = backbone
+        self._prepared = prepared
+
+    def __len__(self) -> int:
+        return len(self._prepared)
+
+    def read(self, index: Index, layers: Sequence[str]) -> Activations:
+        """See Store; padding is zeroed, as in a store that never kept it."""
+        check_index(index, len(self))
+        require_layers(self.layers, layers)
+        inputs, mask = self._backbone.preprocess.collate([self._prepared[i] for i in index])
+        inputs = {name: value.to(self._backbone.device) for name, value in inputs.items()}
+        kept = {name: value.clone() for name, value in self._backbone.capture(inputs, layers).items()}
+        if mask is None:
+            first = next(iter(kept.values()))
+            return Activations(kept, torch.ones(first.shape[:2], dtype=torch.bool))
+        return Activations({name: value * mask[..., None] for name, value in kept.items()}, mask)
+
+
+def check_index(index: Index, examples: int) -> None:
+    """Raise IndexError unless every index lies in 0 … examples-1 (negative ones are no shorthand here)."""
+    if len(index) == 0:
+        raise IndexError("an empty batch was asked for")
+    low, high = int(index.min()), int(index.max())
+    if low < 0 or high >= examples:
+        raise IndexError(f"example {low if low < 0 else high} is outside 0 … {examples - 1}")
+
+
+def require_layers(held: Sequence[str], wanted: Sequence[str]) -> None:
+    """Raise SidebenchError for a layer that is not held."""
+    from .errors import unknown
+
+    for layer in wanted:
+        if layer not in held:
+            raise unknown("layer in this store", layer, held)

@@ -1,0 +1,202 @@
+"""Reads a committed store straight from its chunk files: memory maps, no codec pipeline, each chunk checked once."""
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .errors import SidebenchError
+from .layout import CHECKSUM_BYTES, checksum, trailer
+from .manifest import read_manifest
+from .store import Activations, Index, Store, check_index, require_layers
+
+_OPEN_MAPS = 512  # one map per chunk of a large store would pass the kernel's limit
+_TORCH_DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class BadChunk:
+    """One object of a store that is not what was written, and how."""
+
+    layer: str
+    chunk: str
+    reason: str
+
+
+class ZarrStore(Store):
+    """A committed activation cache on a local disk. Refuses a folder without a manifest."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest, self._objects = read_manifest(folder)
+        self.architecture = self.manifest.architecture
+        self.layers = self.manifest.layers
+        self._layouts = self.manifest.arrays()
+        self._maps: OrderedDict[tuple[str, int], NDArray[Any]] = OrderedDict()
+        self._checked: set[tuple[str, int]] = set()
+        self._offsets = self._whole("offsets") if self.manifest.ragged else None
+        self._check_offsets()
+
+    def __len__(self) -> int:
+        return self.manifest.examples
+
+    @property
+    def targets(self) -> NDArray[np.int64]:
+        """(N,) class index per example."""
+        return self._whole("targets")
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Example ids in task order."""
+        payload = (self.folder / "ids.json").read_bytes()
+        stated = self._objects["ids.json"]
+        if checksum(payload) != stated.crc32c:
+            raise self._damaged("ids.json", "its checksum differs from the manifest")
+        return tuple(str(i) for i in json.loads(payload))
+
+    def lengths(self) -> NDArray[np.int64]:
+        """(N,) tokens per example."""
+        if self._offsets is None:
+            return np.full(len(self), self.manifest.specs[0].tokens, dtype=np.int64)
+        return np.diff(self._offsets)
+
+    def pooled(self, layer: str) -> Tensor:
+        """(N, 2, D) in storage dtype: the first token, and the mean over real tokens that are no prefix."""
+        require_layers(self.layers, [layer])
+        return self._as_torch(self._whole(f"pooled/{layer}"))
+
+    def read(self, index: Index, layers: Sequence[str]) -> Activations:
+        """See Store."""
+        check_index(index, len(self))
+        require_layers(self.layers, layers)
+        if self._offsets is None:
+            found = {layer: self._as_torch(self._gather(f"layers/{layer}", index)) for layer in layers}
+            tokens = next(iter(found.values())).shape[1]
+            return Activations(found, torch.ones((len(index), tokens), dtype=torch.bool))
+        starts, lengths = self._offsets[index], np.diff(self._offsets)[index]
+        found = {layer: self._as_torch(self._gather_ragged(f"layers/{layer}", starts, lengths)) for layer in layers}
+        return Activations(found, torch.arange(int(lengths.max())) < torch.from_numpy(lengths)[:, None])
+
+    def verify(self) -> list[BadChunk]:
+        """Read every object of the store and compare it with the manifest; extra and missing ones are bad too."""
+        bad = []
+        expected = self._expected_objects()
+        for key in sorted({*expected, *self._objects}):
+            reason = self._object_problem(key, expected[key]) if key in expected else "no part of such a store"
+            if reason:
+                bad.append(_bad(key, reason))
+        known = {*self._objects, "manifest.json", "notes.json"}
+        for path in sorted(p for p in self.folder.rglob("*") if p.is_file() or p.is_symlink()):
+            if (key := path.relative_to(self.folder).as_posix()) not in known:
+                bad.append(_bad(key, "not part of this store"))
+        return bad
+
+    def _expected_objects(self) -> dict[str, int | None]:
+        expected: dict[str, int | None] = dict.fromkeys(
+            ("zarr.json", "layers/zarr.json", "pooled/zarr.json", "ids.json")
+        )
+        for path, layout in self._layouts.items():
+            expected[f"{path}/zarr.json"] = len(layout.metadata().encode())
+            for chunk in range(layout.chunks):
+                expected[f"{path}/{layout.chunk_key(chunk)}"] = layout.object_bytes
+        return expected
+
+    def _object_problem(self, key: str, length: int | None) -> str | None:
+        stated = self._objects.get(key)
+        if stated is None:
+            return "missing from the manifest"
+        target = self.folder / key
+        if not target.is_file():
+            return "missing"
+        data = np.fromfile(target, dtype=np.uint8)
+        if len(data) != stated.bytes or (length is not None and len(data) != length):
+            return f"has {len(data)} bytes, wanted {length if length is not None else stated.bytes}"
+        is_chunk = "/c/" in key
+        payload = data[:-CHECKSUM_BYTES] if is_chunk else data
+        if checksum(payload) != stated.crc32c:
+            return "its checksum differs from the manifest"
+        if is_chunk and data[-CHECKSUM_BYTES:].tobytes() != trailer(stated.crc32c):
+            return "its trailing checksum is wrong"
+        return None
+
+    def _chunk(self, path: str, chunk: int) -> NDArray[Any]:
+        """One chunk as an array backed by a memory map; its checksum is verified at first touch in this process."""
+        key = (path, chunk)
+        if key in self._maps:
+            self._maps.move_to_end(key)
+            return self._maps[key]
+        layout = self._layouts[path]
+        name = f"{path}/{layout.chunk_key(chunk)}"
+        stated = self._objects.get(name)
+        try:
+            raw = np.memmap(self.folder / name, dtype=np.uint8, mode="r")
+        except (OSError, ValueError):
+            raise self._damaged(name, "missing or empty") from None
+        if stated is None or len(raw) != layout.object_bytes:
+            raise self._damaged(name, f"it has {len(raw)} bytes, wanted {layout.object_bytes}")
+        payload = raw[:-CHECKSUM_BYTES]
+        if key not in self._checked:
+            if checksum(payload) != stated.crc32c:
+                raise self._damaged(name, "its checksum differs from the manifest")
+            self._checked.add(key)
+        array = payload.view(layout.numpy_dtype).reshape(layout.chunk_shape)
+        self._maps[key] = array
+        if len(self._maps) > _OPEN_MAPS:
+            self._maps.popitem(last=False)
+        return array
+
+    def _whole(self, path: str) -> NDArray[Any]:
+        layout = self._layouts[path]
+        rows = np.concatenate([self._chunk(path, c) for c in range(layout.chunks)] or [layout.empty_chunk()])
+        return np.array(rows[: layout.shape[0]])
+
+    def _gather(self, path: str, index: Index) -> NDArray[Any]:
+        layout = self._layouts[path]
+        out = np.empty((len(index), *layout.shape[1:]), dtype=layout.numpy_dtype)
+        chunks, rows = np.divmod(index, layout.chunk_rows)
+        for chunk in np.unique(chunks):
+            here = chunks == chunk
+            out[here] = self._chunk(path, int(chunk))[rows[here]]
+        return out
+
+    def _gather_ragged(self, path: str, starts: Index, lengths: Index) -> NDArray[Any]:
+        layout = self._layouts[path]
+        out = np.zeros((len(starts), int(lengths.max()), *layout.shape[1:]), dtype=layout.numpy_dtype)
+        for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+            done = 0
+            while done < length:  # an example may straddle chunks
+                chunk, offset = divmod(start + done, layout.chunk_rows)
+                taken = min(layout.chunk_rows - offset, length - done)
+                out[row, done : done + taken] = self._chunk(path, chunk)[offset : offset + taken]
+                done += taken
+        return out
+
+    def _as_torch(self, array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        wanted = _TORCH_DTYPES[self.manifest.dtype]
+        return tensor.view(wanted) if wanted is torch.bfloat16 else tensor
+
+    def _check_offsets(self) -> None:
+        if self._offsets is None:
+            return
+        steps = np.diff(self._offsets)
+        if self._offsets[0] != 0 or self._offsets[-1] != self.manifest.rows or (steps <= 0).any():
+            raise self._damaged("offsets", "they do not run from 0 to the number of rows")
+
+    def _damaged(self, name: str, reason: str) -> SidebenchError:
+        return SidebenchError(
+            f"the activation cache {self.folder} is damaged: {name}: {reason}. See all of it with "
+            f"`bench cache verify {self.folder}`; `bench cache rm {self.folder}` and a new build mend it."
+        )
+
+
+def _bad(key: str, reason: str) -> BadChunk:
+    path, _, chunk = key.partition("/c/")
+    return BadChunk(path.removeprefix("layers/"), chunk or key, reason)
