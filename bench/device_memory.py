@@ -55,7 +55,7 @@ class DeviceMeter:
         self._result: DeviceMemory | None = None
         if self._no_torch_figures:
             return
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        if torch.cuda.is_initialized():
             self._no_growth = "CUDA was already in use when the meter was made, so there is no level to compare with"
             return
         try:

@@ -187,7 +187,7 @@ class Tracker:
                 self._label(tensor, category)
 
 
-class _SeeEveryOperation(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _SeeEveryOperation(TorchDispatchMode):
     def __init__(self, tracker: Tracker) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._tracker = tracker
@@ -266,7 +266,7 @@ def track(
         with tracker.phase("forward"):
             loss = forward()
         with tracker.phase("backward"):
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         with tracker.phase("step"):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

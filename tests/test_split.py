@@ -59,7 +59,7 @@ def test_the_order_of_the_file_does_not_matter(order: list[int]) -> None:
 
 
 @given(st.integers(6, 100), st.integers(0, 3))
-def test_one_more_example_moves_no_more_than_two_others(count: int, seed: int) -> None:
+def test_one_more_example_moves_no_more_than_three_others(count: int, seed: int) -> None:
     def parts_of(size: int) -> dict[int, str]:
         found = split(_task([0] * size), seed)
         named = (("train", found.train), ("val", found.val), ("test", found.test))
@@ -69,7 +69,9 @@ def test_one_more_example_moves_no_more_than_two_others(count: int, seed: int) -
     assert sum(before[i] != after[i] for i in before) <= 3
 
 
-@pytest.mark.parametrize(("size", "want"), [(1, (1, 0, 0)), (2, (1, 0, 1)), (3, (1, 1, 1)), (14, (12, 1, 1)), (15, (11, 2, 2))])
+@pytest.mark.parametrize(
+    ("size", "want"), [(1, (1, 0, 0)), (2, (1, 0, 1)), (3, (1, 1, 1)), (14, (12, 1, 1)), (15, (11, 2, 2))]
+)
 def test_small_classes_keep_one_for_training(size: int, want: tuple[int, int, int]) -> None:
     labels = [0] * 10 + [1] * size
     found = split(_task(labels), 0)

@@ -6,11 +6,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from sidebench.bench.tracker import CATEGORIES, OUTSIDE, Event, TrackedPeak, Tracker, replay, track
-from sidebench.cache.errors import SidebenchError
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+
+from sidebench.bench.tracker import CATEGORIES, OUTSIDE, Event, TrackedPeak, Tracker, replay, track
+from sidebench.cache.errors import SidebenchError
 
 FLOAT = 4
 BATCH, WIDTH, HIDDEN, CLASSES = 32, 64, 128, 10
@@ -127,9 +128,9 @@ def test_in_place_operations_cost_nothing() -> None:
 
 
 def test_a_resized_storage_counts_with_its_new_size() -> None:
-    x, target = torch.zeros(1000), torch.empty(0)
-    peak, _ = _track_forward(lambda: torch.mul(x, x, out=target), x, target)
-    assert peak.peak_bytes == 8000
+    x, empty, small = torch.zeros(1000), torch.empty(0), torch.zeros(10)
+    peak, _ = _track_forward(lambda: (torch.mul(x, x, out=empty), small.resize_(500)), x, empty, small)
+    assert peak.peak_bytes == 4000 + 4000 + 2000
 
 
 def test_a_dead_temporary_is_gone() -> None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # A file changed twice within the clock's grain keeps its mtime, so a hash is remembered only once the file has settled.
 _SETTLED_NS = 2_000_000_000
 
+Entry = tuple[int, int, str]  # size in bytes, mtime in ns, sha256
+
 
 @dataclass(frozen=True, eq=False)
 class TextExamples:
@@ -75,15 +77,15 @@ class ImageExamples:
 def file_hashes(paths: Iterable[Path], memo: Path) -> list[str]:
     """sha256 per file; a file whose size and mtime are as remembered in `memo` is not read again."""
     known = _remembered(memo)
-    fresh: dict[str, list[int | str]] = {}
+    fresh: dict[str, Entry] = {}
     hashes: list[str] = []
     for path in paths:
         key = str(path.absolute())
         try:
             facts = path.stat()
             remembered = known.get(key)
-            if isinstance(remembered, list) and remembered[:2] == [facts.st_size, facts.st_mtime_ns]:
-                hashes.append(str(remembered[2]))
+            if remembered is not None and remembered[:2] == (facts.st_size, facts.st_mtime_ns):
+                hashes.append(remembered[2])
                 continue
             with path.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -91,13 +93,13 @@ def file_hashes(paths: Iterable[Path], memo: Path) -> list[str]:
             raise SidebenchError(f"the image {path} cannot be read ({error.strerror}).") from error
         hashes.append(digest)
         if time.time_ns() - facts.st_mtime_ns > _SETTLED_NS:
-            fresh[key] = [facts.st_size, facts.st_mtime_ns, digest]
+            fresh[key] = (facts.st_size, facts.st_mtime_ns, digest)
     if fresh:
         _remember(memo, {**known, **fresh})
     return hashes
 
 
-def _remembered(memo: Path) -> dict[str, object]:
+def _remembered(memo: Path) -> dict[str, Entry]:
     """What `memo` holds; a memo that is missing or damaged only costs a reread."""
     try:
         known = json.loads(memo.read_bytes())
@@ -105,7 +107,7 @@ def _remembered(memo: Path) -> dict[str, object]:
         return {}
     if not isinstance(known, dict):
         return {}
-    return {key: entry for key, entry in known.items() if _is_entry(entry)}
+    return {key: (entry[0], entry[1], entry[2]) for key, entry in known.items() if _is_entry(entry)}
 
 
 def _is_entry(entry: object) -> bool:
@@ -115,7 +117,7 @@ def _is_entry(entry: object) -> bool:
     return isinstance(size, int) and isinstance(mtime, int) and isinstance(digest, str) and len(digest) == 64
 
 
-def _remember(memo: Path, entries: dict[str, object]) -> None:
+def _remember(memo: Path, entries: dict[str, Entry]) -> None:
     memo.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=".hashes-", dir=memo.parent)
     try:

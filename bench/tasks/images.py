@@ -28,9 +28,7 @@ def load_image(path: Path) -> "Image":
                 )
             if image.mode == "F" or image.mode.startswith("I"):
                 # Pillow would clip these to white without a word.
-                raise SidebenchError(
-                    f"the image {path} has {image.mode} pixels; wanted 8 bits per channel. Convert it."
-                )
+                raise SidebenchError(f"the image {path} has pixels of mode {image.mode}; convert it to 8 bits.")
             return image.convert("RGB")
     except Image.DecompressionBombError as error:
         raise SidebenchError(

@@ -1,0 +1,119 @@
+"""A method and the task's head as one module, and where its batches come from."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..adapters._base import Batch, Body
+from ..cache.backbone import Backbone
+from ..cache.feed import ahead
+from ..cache.pooling import masked_mean, pooling_mask
+from ..cache.store import Index, Store
+from .tasks.base import Pooling, Task
+
+_PREPARED_IN_RAM_BYTES = 2 * 2**30  # inputs of live methods are prepared once when they fit into this
+
+
+class Learner(nn.Module):
+    """Body, the task's pooling, the task's head. The pooling and the head are the same for every method."""
+
+    def __init__(self, body: Body, num_outputs: int, pooling: Pooling, prefix_tokens: int) -> None:
+        super().__init__()
+        self.body = body
+        self.head = nn.Linear(body.width, num_outputs)
+        self.pooling = pooling
+        self.prefix_tokens = prefix_tokens
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits (B, K)."""
+        out = self.body(batch)
+        if out.ndim == 3 and self.pooling == "cls":
+            out = out[:, 0]
+        elif out.ndim == 3:
+            out = masked_mean(out, pooling_mask(batch.mask, self.prefix_tokens))
+        return self.head(out)
+
+
+class Source(Protocol):
+    """Where a run's batches come from."""
+
+    def batches(self, batches: Sequence[Index]) -> Iterator[Batch]:
+        """The batches of these examples, in order, on the run's device."""
+        ...
+
+    def lengths(self) -> Index:
+        """(N,) tokens (or pixels) per example: what decides which batch is the longest."""
+        ...
+
+
+@dataclass(frozen=True)
+class CachedSource:
+    """Activations from a store; no backbone, no raw data."""
+
+    store: Store
+    layers: tuple[str, ...]
+    device: torch.device
+    tokens: Index
+
+    def batches(self, batches: Sequence[Index]) -> Iterator[Batch]:
+        """See Source."""
+        for activations in ahead(batches, lambda index: self.store.read(index, self.layers)):
+            moved = activations.to(self.device)
+            yield Batch(mask=moved.mask, activations=moved.layers)
+
+    def lengths(self) -> Index:
+        """See Source."""
+        return self.tokens
+
+
+class LiveSource:
+    """Inputs of the backbone. Prepared (tokenised, resized) once if they fit into RAM, else batch by batch."""
+
+    def __init__(self, backbone: Backbone, task: Task) -> None:
+        self._preprocess = backbone.preprocess
+        self._examples = task.examples
+        self.device = backbone.device
+        self._tokens = 1 if task.examples.modality == "text" else _image_tokens(backbone)
+        first = self._prepare([0])[0]
+        fits = first.nbytes * len(task.examples) <= _PREPARED_IN_RAM_BYTES
+        everything = range(len(task.examples))
+        self._prepared = self._prepare(everything) if fits or task.examples.modality == "text" else None
+
+    def batches(self, batches: Sequence[Index]) -> Iterator[Batch]:
+        """See Source."""
+        for inputs, mask in ahead(batches, self._collate):
+            moved = {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
+            yield Batch(mask=mask.to(self.device, non_blocking=True), inputs=moved)
+
+    def lengths(self) -> Index:
+        """See Source."""
+        if self._prepared is None or self._examples.modality == "image":
+            return np.full(len(self._examples), self._tokens, dtype=np.int64)
+        return np.array([len(ids) for ids in self._prepared], dtype=np.int64)
+
+    def _prepare(self, indices: Sequence[int]) -> list[Tensor]:
+        return self._preprocess.prepare([self._examples.load(int(i)) for i in indices])
+
+    def _collate(self, index: Index) -> tuple[dict[str, Tensor], Tensor]:
+        prepared = self._prepare(index.tolist()) if self._prepared is None else [self._prepared[i] for i in index]
+        inputs, mask = self._preprocess.collate(prepared)
+        return inputs, torch.ones((len(index), self._tokens), dtype=torch.bool) if mask is None else mask
+
+
+def _image_tokens(backbone: Backbone) -> int:
+    dummy = backbone.preprocess.dummy(backbone.device)
+    return backbone.capture(dummy, [backbone.final_layer])[backbone.final_layer].shape[1]
+
+
+def longest_batch(examples: Index, lengths: Index, batch_size: int) -> Index:
+    """The batch that memory is measured on, the same for every method and seed: the longest examples and the shortest.
+
+    With the shortest one in it a text batch holds a padded row, so that no attention kernel is spared its mask.
+    """
+    order = examples[np.argsort(lengths[examples], kind="stable")]
+    size = min(batch_size, len(order))
+    return np.concatenate([order[:1], order[len(order) - size + 1 :]])

@@ -1,0 +1,114 @@
+"""Peak memory of a run: extra training steps on its longest batch, before and apart from the timed training."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters._base import Batch, FittedMethod, trained
+from .device_memory import DeviceMeter
+from .host_memory import HostMeter
+from .learner import Learner
+from .tracker import Tracker, track
+from .training import Settings, loss_of, make_optimizer
+
+STEPS = 2  # the first makes the optimiser's state, the second is the steady state
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peaks of one training step, each by its own meter; see `Cost` for the fields."""
+
+    values: Mapping[str, Any]
+    unavailable: Mapping[str, str] = field(default_factory=dict)
+
+
+def measure_training(
+    learner: Learner, batch: Batch, targets: Tensor, settings: Settings, device_meter: DeviceMeter
+) -> Memory:
+    """Train a few steps on one batch under each meter in turn, then put the parameters back as they were.
+
+    The device meter comes from outside because it must be made before the first CUDA call.
+    """
+    before = {name: parameter.detach().clone() for name, parameter in trained(learner).items()}
+    learner.train()
+
+    def steps() -> None:
+        optimizer = make_optimizer(learner, settings)
+        for _ in range(STEPS):
+            loss_of(learner, batch, targets, settings.precision).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def tracked() -> Any:
+        return track(
+            learner,
+            make_optimizer(learner, settings),
+            [targets, *_tensors(batch)],
+            lambda: loss_of(learner, batch, targets, settings.precision),
+            steps=STEPS,
+        )
+
+    memory = _measured(steps, tracked, device_meter)
+    with torch.no_grad():
+        for name, parameter in trained(learner).items():
+            parameter.copy_(before[name])
+    return memory
+
+
+def measure_fit(
+    method: FittedMethod, train: tuple[Tensor, Tensor], num_outputs: int, device_meter: DeviceMeter
+) -> Memory:
+    """The same for a method that is solved on all features at once: its peak is in the first iterations already."""
+    short = type(method)(dataclasses.replace(method.config, max_iterations=2, candidates=1))
+    few = (train[0][:1], train[1][:1])
+
+    def tracked() -> Any:
+        with Tracker([], None, [*train], device=train[0].device) as tracker:
+            tracker.begin_step()
+            with tracker.phase("step"):
+                short.fit(train, few, num_outputs)
+        return tracker.peak()
+
+    memory = _measured(lambda: short.fit(train, few, num_outputs), tracked, device_meter)
+    # The solver owns its parameters and history, so they cannot be told apart from outside.
+    reason = "solved in one call, not decomposed"
+    return Memory(
+        {**memory.values, "memory_by_category": None},
+        {**memory.unavailable, "memory_by_category": reason},
+    )
+
+
+def _measured(steps: Callable[[], Any], tracked: Callable[[], Any], device_meter: DeviceMeter) -> Memory:
+    steps()  # warm-up: library handles, thread pools and workspaces are not the method's
+    with device_meter:
+        steps()
+    with HostMeter() as host_meter:
+        steps()
+    peak = tracked()
+    on_device, on_host = device_meter.result(), host_meter.result()
+    values = {
+        "peak_device_bytes": on_device.peak_allocated_bytes,
+        "peak_reserved_bytes": on_device.peak_reserved_bytes,
+        "peak_nvml_bytes": on_device.nvml_process_bytes,
+        "peak_host_bytes": on_host.peak_anonymous_bytes,
+        "peak_tracked_bytes": peak.peak_bytes,
+        "memory_by_category": dict(peak.by_category),
+        "memory_by_phase": dict(peak.by_phase),
+        "memory_peak_at": peak.at,
+    }
+    names = {
+        "peak_allocated_bytes": "peak_device_bytes",
+        "nvml_process_bytes": "peak_nvml_bytes",
+        "peak_anonymous_bytes": "peak_host_bytes",
+    }
+    reasons = {**on_device.unavailable, **on_host.unavailable}
+    kept = {names.get(name, name): reason for name, reason in reasons.items() if names.get(name, name) in values}
+    return Memory(values, {name: reason for name, reason in kept.items() if values[name] is None})
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [batch.mask, *batch.activations.values(), *batch.inputs.values()]

@@ -1,0 +1,118 @@
+"""One run, one JSON record: what was asked, what was measured, in which world. Predictions lie beside it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..cache.errors import SidebenchError
+from ..cache.manifest import canonical_json
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything one (method, seed) needs, and all that decides its result. Plain JSON."""
+
+    method: str
+    settings: Mapping[str, str]
+    seed: int
+    kind: str
+    backbone: str
+    task: str
+    image_size: int | None
+    max_length: int | None
+    limit: int | None
+    split_seed: int
+    epochs: int
+    batch_size: int
+    lrs: tuple[float, ...]  # one: train and test; several: trials whose states wait for the choice
+    precision: str
+    device: str
+    data: Mapping[str, str]  # hashes of dataset, weights and (cached) store: a changed world is another job
+    num_outputs: int
+    pooling: str
+    store: str | None = None  # folder of the activation cache; None for a live method
+
+    @property
+    def digest(self) -> str:
+        """Names the run's files; the folder of the store is left out, its digest is in `data`."""
+        facts = {key: value for key, value in asdict(self).items() if key != "store"}
+        return hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:12]
+
+    @property
+    def stem(self) -> str:
+        """File name of the record without its ending: readable, then unique."""
+        name = "".join(c if c.isalnum() else "-" for c in Path(self.method).stem or self.method)[:40]
+        return f"{name}-seed{self.seed}-{self.digest}"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run took. A figure that was not measured is None and `unavailable` says why."""
+
+    trainable_params: int
+    head_params: int
+    total_params: int  # parameters in memory while training: with a live method the whole backbone's
+    train_seconds: float
+    eval_seconds: float
+    examples_per_second: float
+    peak_device_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    peak_nvml_bytes: int | None = None
+    peak_tracked_bytes: int | None = None
+    peak_host_bytes: int | None = None
+    memory_by_category: Mapping[str, int] | None = None
+    memory_by_phase: Mapping[str, int] | None = None
+    memory_peak_at: str | None = None
+    unavailable: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The JSON of one run."""
+
+    asked: Mapping[str, Any]
+    measured: Mapping[str, Any] | None
+    world: Mapping[str, Any]
+    error: str | None = None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file is either the old one or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", "utf-8")
+    os.replace(temporary, path)
+
+
+def read_record(path: Path) -> RunRecord:
+    """Read a record; it is untrusted. Raises SidebenchError when it is not one."""
+    try:
+        document = json.loads(path.read_text("utf-8"))
+        return RunRecord(document["asked"], document["measured"], document["world"], document["error"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SidebenchError(f"{path} is no run record: {type(error).__name__}: {error}") from None
+
+
+def write_predictions(
+    path: Path, ids: tuple[str, ...], logits: NDArray[np.float32], targets: NDArray[np.int64]
+) -> None:
+    """Keep ids, logits (N, K) and targets of the test part as npz without pickle."""
+    temporary = path.with_name(path.name + ".partial.npz")
+    np.savez(temporary, ids=np.array(ids, dtype=np.str_), logits=logits, targets=targets)
+    os.replace(temporary, path)
+
+
+def read_predictions(path: Path) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Logits (N, K) and targets (N,) of a run's test part. Raises SidebenchError when the file is not readable."""
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            return found["logits"], found["targets"]
+    except (OSError, ValueError, KeyError) as error:
+        raise SidebenchError(f"the predictions {path} cannot be read: {error}.") from None

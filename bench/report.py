@@ -1,0 +1,174 @@
+"""The Markdown report and the terminal's table: a pure function of the records, every unit named."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .compare import Outcome
+from .table import Compared
+
+Row = Mapping[str, Any]
+_MIB = 2**20
+
+COLUMNS = (
+    "method",
+    "kind",
+    "score %",
+    "95 % over seeds",
+    "95 % over test examples",
+    "trained params",
+    "tracked peak MiB",
+    "device peak MiB",
+    "host growth MiB",
+    "train s",
+    "examples/s",
+)
+
+
+def cells(row: Row) -> list[str]:
+    """One row of the table as text."""
+    score = row["score"]
+    return [
+        row["method"],
+        row["kind"],
+        "failed" if score is None else f"{100 * score['mean']:.2f}",
+        "" if score is None else _interval(score["ci95"]),
+        "" if score is None else _interval(score["test_ci95"]),
+        "" if row["trainable_params"] is None else f"{row['trainable_params']:,}",
+        _mib(row["peak_tracked_bytes"]),
+        _mib(row["peak_device_bytes"]),
+        _mib(row["peak_host_bytes"]),
+        "" if row["train_seconds"] is None else f"{row['train_seconds']:.1f}",
+        "" if row["examples_per_second"] is None else f"{row['examples_per_second']:,.0f}",
+    ]
+
+
+def verdicts(outcome: Outcome, compared: Sequence[Compared]) -> list[str]:
+    """A sentence per method against the reference."""
+    return [
+        f"{c.method} {'shows no difference from' if c.verdict == 'no difference shown' else c.verdict} {c.against}: "
+        f"{100 * c.difference:+.2f} points, 95 % paired bootstrap interval [{100 * c.ci95[0]:+.2f}, "
+        f"{100 * c.ci95[1]:+.2f}], sign-flip permutation p = {c.p_value:.4f}, {c.p_adjusted:.4f} after Holm over "
+        f"{len(compared)}; {outcome.sizes['test']} test examples, {len(outcome.request.seeds)} seeds."
+        for c in compared
+    ]
+
+
+def markdown(outcome: Outcome, rows: Sequence[Row], compared: Sequence[Compared], world: Mapping[str, Any]) -> str:
+    """The whole report."""
+    parts = [
+        f"# {_text(outcome.request.inputs.backbone)} on {_text(outcome.request.inputs.task)}",
+        _protocol(outcome),
+        "## Results",
+        _table(COLUMNS, [cells(row) for row in rows]),
+        _legend(),
+    ]
+    failures = [f"- `{_text(row['method'])}`: {_text(row['error'])}" for row in rows if row["error"]]
+    skipped = [f"- `{_text(m)}`: {_text(reason)}" for m, reason in outcome.skipped.items()]
+    for title, lines in (("## Failed", failures), ("## Skipped", skipped)):
+        if lines:
+            parts += [title, "\n".join(lines)]
+    if compared:
+        parts += ["## Paired comparisons", "\n".join(f"- {_text(line)}" for line in verdicts(outcome, compared))]
+    parts += ["## Memory by category at the tracked peak", _memory(rows)]
+    if outcome.store:
+        parts += ["## Activation cache", _cache(outcome.store)]
+    parts += ["## Learning rates", _rates(outcome, rows), "## World", _world(world)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _protocol(outcome: Outcome) -> str:
+    request, sizes = outcome.request, outcome.sizes
+    return (
+        f"{sizes['train']} training, {sizes['val']} validation and {sizes['test']} test examples "
+        f"(split seed {request.split_seed}"
+        + (f", limited to {request.inputs.limit} examples" if request.inputs.limit else "")
+        + f"); seeds {', '.join(map(str, request.seeds))}; {request.epochs} epochs, batch size {request.batch_size}, "
+        f"{request.precision}. AdamW with 10 % linear warm-up and cosine decay; the epoch is selected on validation, "
+        "the test part is read once at the end. linear_probe is solved to convergence instead. Every method sees the "
+        "same examples in the same order. The backbone's dropout is off and there is no augmentation, for all methods "
+        "alike; published recipes of live methods often use both."
+    )
+
+
+def _legend() -> str:
+    return (
+        "Tracked peak: exact bytes of live tensors in one training step on the longest batch, steady state; includes "
+        "weights, gradients, optimizer and batch. Device peak: CUDA's max_memory_allocated. Host growth: sampled "
+        "anonymous resident memory above its level before the step, so weights are not in it; corroboration, not a "
+        "result. These are different kinds of figure; compare within a column. Train s and examples/s leave evaluation "
+        "out and, for cached methods, the one-off build of the cache (below). 95 % over seeds: Student t. 95 % over "
+        "test examples: percentile bootstrap of the seed-averaged score."
+    )
+
+
+def _memory(rows: Sequence[Row]) -> str:
+    names = ("parameters", "gradients", "optimizer", "activations", "inputs", "temporaries")
+    body = [
+        [row["method"], *(_mib(row["memory_by_category"].get(name)) for name in names), _mib(row["peak_tracked_bytes"])]
+        for row in rows
+        if row["memory_by_category"]
+    ]
+    return _table(("method", *(f"{name} MiB" for name in names), "sum MiB"), body)
+
+
+def _cache(store: Mapping[str, Any]) -> str:
+    seconds = store["build_seconds"]
+    built = f"built in {seconds:.1f} s" if isinstance(seconds, int | float) else "build time unknown"
+    return (
+        f"`{store['digest'][:16]}`: {store['bytes'] / _MIB:,.1f} MiB, {store['dtype']}, "
+        f"{len(store['layers'])} layers ({', '.join(_text(layer) for layer in store['layers'])}), {built}."
+    )
+
+
+def _rates(outcome: Outcome, rows: Sequence[Row]) -> str:
+    how = {
+        None: "each method's default, whose source `bench methods` names",
+        "auto": "chosen on validation, mean over seeds, from 0.3, 1 and 3 times each method's default",
+    }.get(outcome.request.lr, f"chosen on validation, mean over seeds, from {outcome.request.lr}")
+    used = ", ".join(f"`{_text(row['method'])}` {row['lr']:g}" for row in rows if row["lr"])
+    return f"{how[0].upper()}{how[1:]}: {used or 'none used'}."
+
+
+def _world(world: Mapping[str, Any]) -> str:
+    return "\n".join(f"- {_text(key)}: {_text(value)}" for key, value in sorted(world.items()))
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [
+        _line(head),
+        _line(["---", *("---:" for _ in head[1:])]),
+        *(_line([_text(c) for c in row]) for row in body),
+    ]
+    return "\n".join(lines)
+
+
+def _line(row: Sequence[str]) -> str:
+    return "| " + " | ".join(row) + " |"
+
+
+def _text(value: Any) -> str:
+    """Names and messages are untrusted: nothing in them may become markup or break a table."""
+    escaped = str(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return escaped.replace("|", "\\|").replace("`", "'").replace("\n", " ").replace("[", "\\[")
+
+
+def _mib(count: int | None) -> str:
+    return "" if count is None else f"{count / _MIB:,.1f}"
+
+
+def _interval(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"{100 * interval[0]:.2f} to {100 * interval[1]:.2f}"
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """The table on stdout, as wide as it needs to be where stdout is no terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*COLUMNS, box=box.SIMPLE)
+    for row in rows:
+        table.add_row(*(cell.replace("[", "\\[") for cell in cells(row)))
+    console = Console()
+    console = console if console.is_terminal else Console(width=220)
+    console.print(table)

@@ -1,0 +1,130 @@
+"""From run records to the rows and paired comparisons that the table, the report and --json show."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .compare import Outcome
+from .record import RunRecord, read_predictions
+from .stats import bootstrap_interval, holm, paired_test, t_interval
+from .training import correct
+
+REFERENCE = "linear_probe"  # what every method is tested against, where it was run: the bar to beat
+_STATISTICS_SEED = 0
+_PEAKS = ("peak_device_bytes", "peak_reserved_bytes", "peak_nvml_bytes", "peak_tracked_bytes", "peak_host_bytes")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One method against the reference on the same test examples; p_adjusted is Holm's over all of them."""
+
+    method: str
+    against: str
+    difference: float
+    ci95: tuple[float, float]
+    p_value: float
+    p_adjusted: float
+    verdict: str
+
+
+def rows(outcome: Outcome) -> list[dict[str, Any]]:
+    """One row per method, keys as the command line's contract has them. Scores are fractions, bytes exact."""
+    return [_row(outcome, method, records) for method, records in outcome.records.items()]
+
+
+def comparisons(outcome: Outcome) -> list[Compared]:
+    """Every method against the reference by a paired test, adjusted for their number."""
+    scores = {method: _per_example(outcome, method) for method in outcome.records}
+    complete = {method: found for method, found in scores.items() if found is not None}
+    if len(complete) < 2:
+        return []
+    reference = REFERENCE if REFERENCE in complete else next(iter(complete))
+    others = [method for method in complete if method != reference]
+    results = [paired_test(complete[method], complete[reference], _STATISTICS_SEED) for method in others]
+    adjusted = holm([result.p_value for result in results])
+    found = []
+    for method, result, p in zip(others, results, adjusted, strict=True):
+        verdict = result.verdict if p < 0.05 else "no difference shown"
+        found.append(Compared(method, reference, result.difference, result.interval, result.p_value, float(p), verdict))
+    return found
+
+
+def document(outcome: Outcome, report: Path) -> dict[str, Any]:
+    """What `bench compare --json` prints."""
+    return {
+        "table": rows(outcome),
+        "comparisons": [asdict(compared) for compared in comparisons(outcome)],
+        "skipped": [{"method": method, "reason": reason} for method, reason in outcome.skipped.items()],
+        "examples": dict(outcome.sizes),
+        "cache": None if outcome.store is None else dict(outcome.store),
+        "records": [str(path) for path in outcome.files],
+        "report": str(report),
+    }
+
+
+def _row(outcome: Outcome, method: str, records: Sequence[RunRecord]) -> dict[str, Any]:
+    kind = str(records[0].asked["kind"])
+    measured = [record.measured for record in records if record.measured is not None]
+    errors = [record.error for record in records if record.error]
+    row: dict[str, Any] = {"method": method, "kind": kind, "score": None, "error": errors[0] if errors else None}
+    first: Mapping[str, Any] = measured[0] if measured else {}
+    row |= {key: first.get(key) for key in ("trainable_params", "head_params", "total_params", "memory_by_category")}
+    row |= {key: _largest(measured, key) for key in _PEAKS}
+    for key in ("train_seconds", "eval_seconds", "examples_per_second"):
+        row[key] = statistics.mean(m[key] for m in measured) if measured else None
+    cached = outcome.store is not None and kind == "cached"
+    row |= {
+        "predicted_peak_bytes": None,
+        "shots": None,
+        "lr": first.get("lr"),
+        "cache_bytes": outcome.store["bytes"] if cached and outcome.store else None,
+        "cache_build_seconds": outcome.store["build_seconds"] if cached and outcome.store else None,
+        "unavailable": {**first.get("unavailable", {}), "predicted_peak_bytes": "not predicted by this version"},
+    }
+    if measured and not errors:
+        values = [float(m["score"]) for m in measured]
+        per_example = _per_example(outcome, method)
+        row["score"] = {
+            "name": outcome.score_name,
+            "mean": statistics.mean(values),
+            "ci95": _list(t_interval(values)),
+            "test_ci95": None
+            if per_example is None
+            else _list(bootstrap_interval(per_example.mean(0), _STATISTICS_SEED)),
+            "values": values,
+        }
+    return row
+
+
+def _per_example(outcome: Outcome, method: str) -> NDArray[np.float64] | None:
+    """(seeds, N) right or wrong per test example; None when a run of the method failed."""
+    found = []
+    for record, path in zip(outcome.records[method], _files_of(outcome, method), strict=True):
+        if record.measured is None:
+            return None
+        logits, targets = read_predictions(path.with_suffix(".npz"))
+        found.append(correct(logits, targets))
+    return np.stack(found)
+
+
+def _files_of(outcome: Outcome, method: str) -> list[Path]:
+    start = 0
+    for name, records in outcome.records.items():
+        if name == method:
+            return list(outcome.files[start : start + len(records)])
+        start += len(records)
+    raise KeyError(method)
+
+
+def _largest(measured: Sequence[Mapping[str, Any]], key: str) -> int | None:
+    values = [m[key] for m in measured if m.get(key) is not None]
+    return max(values) if values else None
+
+
+def _list(interval: tuple[float, float] | None) -> list[float] | None:
+    return None if interval is None else list(interval)

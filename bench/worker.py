@@ -1,0 +1,223 @@
+"""One (method, seed) in a fresh interpreter: `python -m sidebench.bench.worker JOB.json`.
+
+Reads the job, measures memory, trains each learning rate, and writes the record and its predictions. It imports only
+what its method needs: a cached run loads neither transformers nor the data. Events go to stdout as JSON lines.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..adapters._base import Body, CachedMethod, FittedMethod, LiveMethod, Method, trained
+from ..adapters._registry import config_facts, find_method
+from ..cache.backbone import Backbone
+from ..cache.block_weights import BackboneWeights, read_weights
+from ..cache.errors import SidebenchError
+from ..cache.home import home
+from ..cache.store import Index
+from ..cache.zarr_store import ZarrStore
+from .device_memory import DeviceMeter
+from .environment import environment
+from .learner import CachedSource, Learner, LiveSource, Source, longest_batch
+from .measure import Memory, measure_fit, measure_training
+from .record import Cost, Job, RunRecord, write_json, write_predictions
+from .tasks.base import Pooling, Split
+from .training import Settings, accuracy, load_trained, predict, train
+
+SPLIT = "split.npz"
+
+
+def main(job_path: Path) -> int:
+    """Run the job beside whose file the record is to lie; 0 when it did, 1 when it failed with a sentence."""
+    document = json.loads(job_path.read_text("utf-8"))
+    job = Job(**{**document, "lrs": tuple(document["lrs"])})
+    try:
+        run(job, job_path.parent)
+    except SidebenchError as error:
+        emit("error", message=str(error))
+        return 1
+    return 0
+
+
+def run(job: Job, folder: Path) -> None:
+    """Run a job in `folder`, which holds the split. Several learning rates: leave a trial each, else a record."""
+    device = torch.device(job.device)
+    device_meter = DeviceMeter(device)  # before the first CUDA call, so that it knows the device without us
+    method = find_method(job.method).configured(job.settings)
+    split = read_split(folder / SPLIT)
+    if isinstance(method, FittedMethod):
+        return _run_fitted(job, method, split, device_meter, folder)
+    learner, source, ids, all_targets = _assemble(job, method, device)
+    targets = torch.from_numpy(all_targets).to(device)
+    settings = _settings(job, method, job.lrs[0])
+    index = longest_batch(split.train, source.lengths(), job.batch_size)
+    batch = next(iter(source.batches([index])))
+    memory = measure_training(learner, batch, targets[torch.from_numpy(index)], settings, device_meter)
+    del batch
+    start = {name: p.detach().clone() for name, p in trained(learner).items()}
+    for lr in job.lrs:
+        load_trained(learner, start)  # every learning rate starts at the same point
+        settings = _settings(job, method, lr)
+        found = train(learner, source, targets, split.train, split.val, settings, lambda event: emit("epoch", **event))
+        load_trained(learner, {name: value.to(device) for name, value in found.state.items()})
+        if len(job.lrs) > 1:
+            write_json(trial_path(folder, job, lr), {"lr": lr, "val_score": found.val_score})
+            continue
+        begun = time.perf_counter()
+        logits = predict(learner, source, split.test, settings)
+        eval_seconds = time.perf_counter() - begun
+        cost = _cost(learner, learner.head, memory, found.train_seconds, eval_seconds, found.examples_per_second)
+        chosen = {"lr": lr, "best_epoch": found.best_epoch + 1, "val_score": found.val_score, "losses": found.losses}
+        _write(job, folder, method, split.test, ids, logits, all_targets, cost, chosen)
+    return None
+
+
+def trial_path(folder: Path, job: Job, lr: float) -> Path:
+    """Where a learning-rate trial leaves its validation score."""
+    return folder / "trials" / f"{job.stem}-lr{lr:g}.json"
+
+
+def _assemble(job: Job, method: Method, device: torch.device) -> tuple[Learner, Source, tuple[str, ...], Index]:
+    """The learner and its batches. Seeded here and nowhere else, so every method draws from the same start."""
+    if isinstance(method, CachedMethod):
+        assert job.store is not None
+        store = ZarrStore(Path(job.store))
+        layers = method.layers(store.architecture)
+        widths = {spec.layer: spec.width for spec in store.manifest.specs}
+        with seeded(job.seed):
+            body = method.build(store.architecture, widths, lambda: _weights(job))
+            learner = _learner(job, body, store.architecture.prefix_tokens).to(device)
+        return learner, CachedSource(store, layers, device, store.lengths()), store.ids, store.targets
+    assert isinstance(method, LiveMethod)
+    from .tasks.load import load_task
+
+    backbone = _backbone(job, device)
+    task = load_task(job.task, home=home(), limit=job.limit, say=lambda _: None)
+    source = LiveSource(backbone, task)
+    with seeded(job.seed):
+        learner = _learner(job, method.build(backbone), backbone.arch.prefix_tokens).to(device)
+    return learner, source, task.examples.ids, task.examples.targets
+
+
+def _learner(job: Job, body: Body, prefix_tokens: int) -> Learner:
+    pooling: Pooling = "cls" if job.pooling == "cls" else "mean"
+    return Learner(body, job.num_outputs, pooling, prefix_tokens)
+
+
+def _run_fitted(job: Job, method: FittedMethod, split: Split, device_meter: DeviceMeter, folder: Path) -> None:
+    assert job.store is not None
+    device = torch.device(job.device)
+    store = ZarrStore(Path(job.store))
+    all_targets = store.targets
+    column = 0 if job.pooling == "cls" else 1
+    features = store.pooled(store.architecture.final_layer)[:, column].float().to(device)  # (N, D)
+    targets = torch.from_numpy(all_targets).to(device)
+
+    def part(index: Index) -> tuple[Tensor, Tensor]:
+        where = torch.from_numpy(index).to(device)
+        return features[where], targets[where]
+
+    memory = measure_fit(method, part(split.train), job.num_outputs, device_meter)
+    begun = time.perf_counter()
+    module, chosen = method.fit(part(split.train), part(split.val), job.num_outputs)
+    train_seconds = time.perf_counter() - begun
+    begun = time.perf_counter()
+    with torch.inference_mode():
+        logits = module(part(split.test)[0]).float()
+    eval_seconds = time.perf_counter() - begun
+    emit("epoch", epoch=1, epochs=1, val_score=chosen["val_score"])
+    cost = _cost(module, module, memory, train_seconds, eval_seconds, len(split.train) / train_seconds)
+    _write(job, folder, method, split.test, store.ids, logits, all_targets, cost, chosen)
+
+
+def _cost(
+    module: nn.Module, head: nn.Module, memory: Memory, train_seconds: float, eval_seconds: float, speed: float
+) -> Cost:
+    return Cost(
+        trainable_params=sum(p.numel() for p in trained(module).values()),
+        head_params=sum(p.numel() for p in head.parameters()),
+        total_params=sum(p.numel() for p in module.parameters()),
+        train_seconds=train_seconds,
+        eval_seconds=eval_seconds,
+        examples_per_second=speed,
+        unavailable=memory.unavailable,
+        **memory.values,
+    )
+
+
+def _write(
+    job: Job,
+    folder: Path,
+    method: Method,
+    test: Index,
+    ids: tuple[str, ...],
+    logits: Tensor,
+    targets: Index,
+    cost: Cost,
+    chosen: Mapping[str, Any],
+) -> None:
+    """Predictions first, the record last: a record means that the run is whole."""
+    rows = logits.cpu()
+    score = accuracy(rows, torch.from_numpy(targets[test]))
+    write_predictions(folder / f"{job.stem}.npz", tuple(ids[i] for i in test), rows.numpy(), targets[test])
+    asked = {**asdict(job), "config": config_facts(method)}
+    measured = {"score": score, **asdict(cost), **chosen}
+    write_json(folder / f"{job.stem}.json", asdict(RunRecord(asked, measured, environment())))
+
+
+def _settings(job: Job, method: Method, lr: float) -> Settings:
+    return Settings(job.seed, job.epochs, job.batch_size, lr, method.config.weight_decay, job.precision)
+
+
+def _backbone(job: Job, device: torch.device) -> Backbone:
+    from ..cache.load import load_backbone
+
+    return load_backbone(job.backbone, home=home(), device=device, image_size=job.image_size, max_length=job.max_length)
+
+
+def _weights(job: Job) -> BackboneWeights:
+    return read_weights(_backbone(job, torch.device("cpu")))  # the backbone itself is gone when this returns
+
+
+class seeded:
+    """Torch's generators start at `seed` inside the block and go on as before after it."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._fork = torch.random.fork_rng()
+
+    def __enter__(self) -> None:
+        self._fork.__enter__()
+        torch.manual_seed(self._seed)
+
+    def __exit__(self, *exception: Any) -> None:
+        self._fork.__exit__(*exception)
+
+
+def write_split(path: Path, split: Split) -> None:
+    """Keep the parts of the task beside the runs that used them."""
+    with open(path, "wb") as file:
+        np.savez(file, train=split.train, val=split.val, test=split.test)
+
+
+def read_split(path: Path) -> Split:
+    """Read what `write_split` wrote."""
+    with np.load(path, allow_pickle=False) as found:
+        return Split(found["train"], found["val"], found["test"])
+
+
+def emit(event: str, **values: Any) -> None:
+    """Tell the parent something, as a JSON line."""
+    print(json.dumps({"event": event, **values}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

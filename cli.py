@@ -1,0 +1,348 @@
+"""The command line: parse, call one function, print. Nothing heavy is imported before a command needs it."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .cache.errors import SidebenchError
+
+if TYPE_CHECKING:
+    from .bench.progress import Display
+    from .cache.build import CaptureOptions
+
+RESUME = "Interrupted. Everything finished is kept; the same command resumes."
+
+
+class Guarded(TyperGroup):
+    """Turns refused input into a sentence and exit code 2, Ctrl-C into how to go on and 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command. Any other exception is a bug and shows its traceback."""
+        try:
+            return super().invoke(ctx)
+        except SidebenchError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print(f"\n{RESUME}", file=sys.stderr)
+            raise SystemExit(130) from None
+
+
+# rich's own help costs 0.2 s per call; rich serves tables and progress.
+_PLAIN: dict[str, Any] = {"rich_markup_mode": None, "no_args_is_help": True, "add_completion": False}
+app = typer.Typer(
+    cls=Guarded,
+    pretty_exceptions_enable=False,
+    help="Run a frozen backbone once, train methods from its stored activations, compare accuracy, memory and time.",
+    **_PLAIN,
+)
+cache_app = typer.Typer(help="Build, list, check and remove activation caches.", **_PLAIN)
+app.add_typer(cache_app, name="cache")
+
+Backbone = Annotated[str, typer.Option(help="sample:NAME, hf:ID_OR_FOLDER or module:PKG.MOD:FACTORY.")]
+Task = Annotated[str, typer.Option(help="sample:NAME, csv:PATH, jsonl:PATH or folder:PATH; see `bench tasks`.")]
+Layers = Annotated[
+    str | None, typer.Option(help="Globs with commas, e.g. 'blocks.*'. Default: embeddings, blocks, norm.")
+]
+Dtype = Annotated[str, typer.Option(help="Storage dtype: float16, bfloat16 or float32.")]
+ImageSize = Annotated[
+    int | None, typer.Option(min=1, help="Side of the images in pixels. Default: the backbone's own.")
+]
+MaxLength = Annotated[int | None, typer.Option(min=2, help="Longest text in tokens. Default: 128.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Keep this many examples, stratified by label.")]
+SplitSeed = Annotated[int, typer.Option(min=0, help="Seed of the train/val/test split, apart from training seeds.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:I.")]
+CacheDir = Annotated[Path | None, typer.Option(help="Where caches live. Default: SIDEBENCH_HOME/caches.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No messages and no progress.")]
+
+
+@cache_app.command("build")
+def cache_build(
+    backbone: Backbone,
+    task: Task,
+    layers: Layers = None,
+    dtype: Dtype = "float16",
+    image_size: ImageSize = None,
+    max_length: MaxLength = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per frozen forward; part of the digest.")] = 64,
+    limit: Limit = None,
+    split_seed: SplitSeed = 0,
+    device: Device = "auto",
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run the frozen backbone once over a task and keep its activations; finds or resumes an earlier build."""
+    from .bench.prepare import Inputs, build_store, plan_store, prepare
+    from .bench.tasks.split import split
+    from .cache.home import home
+
+    inputs = Inputs(backbone, task, image_size, max_length, limit, device)
+    with _display(quiet) as display:
+        prepared = prepare(inputs, home=home(), cache_dir=_cache_dir(cache_dir), say=display.say)
+        sizes = split(prepared.task, split_seed).sizes()
+        planned = plan_store(prepared, _capture(layers, dtype, batch_size))
+        result = build_store(prepared, planned, progress=display.examples, say=display.say)
+    document = {
+        "status": result.status,
+        "digest": result.manifest.digest,
+        "path": str(result.folder),
+        "examples": sizes,
+        "layers": list(result.manifest.layers),
+        "bytes": result.manifest.stored_bytes,
+        "forward_seconds": result.forward_seconds,
+        "write_seconds": result.write_seconds,
+        "build_seconds": result.build_seconds,
+        "resumed_chunks": result.resumed_chunks,
+    }
+    took = "" if result.build_seconds is None else f" in {result.build_seconds:.1f} s"
+    _print(document, as_json, f"{result.status}{took}: {result.folder} ({result.manifest.stored_bytes:,} bytes)")
+
+
+@cache_app.command("ls")
+def cache_ls(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
+    """List the caches, complete or not."""
+    from .cache.catalog import entries
+
+    found: list[dict[str, Any]] = [
+        {
+            "digest": e.folder.name.removesuffix(".zarr") if e.manifest is None else e.manifest.digest,
+            "path": str(e.folder),
+            "backbone": e.notes.get("backbone"),
+            "task": e.notes.get("task"),
+            "examples": None if e.manifest is None else e.manifest.examples,
+            "bytes": e.bytes,
+            "complete": e.manifest is not None,
+            "created": e.notes.get("created"),
+        }
+        for e in entries(_cache_dir(cache_dir))
+    ]
+    lines = [
+        f"{row['digest'][:16]}  {row['bytes'] / 2**20:10,.1f} MiB  "
+        f"{row['examples'] if row['complete'] else 'incomplete'}  {row['backbone']}  {row['task']}  {row['created']}"
+        for row in found
+    ]
+    _print(found, as_json, "\n".join(lines) or f"no caches in {_cache_dir(cache_dir)}")
+
+
+@cache_app.command("info")
+def cache_info(store: str, cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
+    """Print the whole manifest of a cache, by digest (or its beginning) or path."""
+    from .cache.catalog import locate, read_notes
+    from .cache.manifest import read_manifest
+
+    folder = locate(store, _cache_dir(cache_dir))
+    manifest, objects = read_manifest(folder)
+    document = {
+        "digest": manifest.digest,
+        "path": str(folder),
+        "facts": manifest.facts(),
+        "objects": {key: [o.bytes, o.crc32c] for key, o in objects.items()},
+        "notes": read_notes(folder),
+    }
+    shown = {key: value for key, value in document.items() if key != "objects"}
+    _print(document, as_json, json.dumps({**shown, "objects": len(objects)}, indent=1))
+
+
+@cache_app.command("verify")
+def cache_verify(store: str, cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
+    """Read every object of a cache and compare it with the manifest; exit code 1 when something is bad."""
+    from dataclasses import asdict
+
+    from .cache.catalog import locate
+    from .cache.zarr_store import ZarrStore
+
+    opened = ZarrStore(locate(store, _cache_dir(cache_dir)))
+    bad = opened.verify()
+    chunks = sum(layout.chunks for layout in opened.manifest.arrays().values())
+    lines = [f"{b.layer} {b.chunk}: {b.reason}" for b in bad] or [f"all {chunks} chunks are as written"]
+    _print({"ok": not bad, "chunks": chunks, "bad": [asdict(b) for b in bad]}, as_json, "\n".join(lines))
+    if bad:
+        raise typer.Exit(1)
+
+
+@cache_app.command("rm")
+def cache_rm(
+    store: str,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Remove a cache, by digest (or its beginning) or path."""
+    from .cache.catalog import locate, remove
+
+    folder = locate(store, _cache_dir(cache_dir))
+    if not yes and not typer.confirm(f"Remove {folder}?", err=True):
+        raise SidebenchError("nothing was removed; --yes removes without asking.")
+    remove(folder)
+    _print({"removed": str(folder)}, as_json, f"removed {folder}")
+
+
+@app.command()
+def compare(
+    backbone: Backbone,
+    task: Task,
+    methods: Annotated[str, typer.Option(help="Names with commas, a path to a method file, or all.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="METHOD.KEY=VALUE, repeatable.")] = None,
+    seeds: Annotated[str, typer.Option(help="Training seeds with commas.")] = "0,1,2",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training part.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per training step.")] = 32,
+    lr: Annotated[
+        str | None, typer.Option(help="auto, a number, or several with commas to choose on validation.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16 (mixed).")] = "fp32",
+    limit: Limit = None,
+    split_seed: SplitSeed = 0,
+    layers: Layers = None,
+    dtype: Dtype = "float16",
+    image_size: ImageSize = None,
+    max_length: MaxLength = None,
+    device: Device = "auto",
+    no_build: Annotated[bool, typer.Option("--no-build", help="Refuse instead of building a missing cache.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh/--resume", help="Run everything again / reuse finished runs.")
+    ] = False,
+    cache_dir: CacheDir = None,
+    runs_dir: Annotated[Path, typer.Option(help="Where records, predictions and reports go.")] = Path("runs"),
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train and test methods on one backbone and task, and report accuracy, memory and time side by side."""
+    from .bench.compare import Request, compare
+    from .bench.environment import environment
+    from .bench.prepare import Inputs
+    from .bench.report import markdown, print_table, verdicts
+    from .bench.table import comparisons, document, rows
+    from .cache.home import home
+
+    if precision not in ("fp32", "bf16"):
+        raise SidebenchError(f"--precision is fp32 or bf16; found {precision!r}.")
+    request = Request(
+        inputs=Inputs(backbone, task, image_size, max_length, limit, device),
+        methods=tuple(name for name in methods.split(",") if name),
+        settings=_settings(set_ or []),
+        seeds=_seeds(seeds),
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        split_seed=split_seed,
+        precision=precision,
+        capture=_capture(layers, dtype, 64),
+        may_build=not no_build,
+        fresh=fresh,
+    )
+    with _display(quiet) as display:
+        outcome = compare(
+            request, home=home(), cache_dir=_cache_dir(cache_dir), runs_dir=runs_dir, listener=display.listener()
+        )
+    table, compared, report = rows(outcome), comparisons(outcome), outcome.folder / "report.md"
+    report.write_text(markdown(outcome, table, compared, environment()), "utf-8")
+    if as_json:
+        print(json.dumps(document(outcome, report), indent=1))
+    else:
+        print_table(table)
+        print("\n".join([*verdicts(outcome, compared), f"report: {report}"]))
+    if any(row["error"] for row in table):
+        raise typer.Exit(1)
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the methods: kind, paper, and every option with its default."""
+    from .adapters._registry import describe, known_methods
+
+    found = [describe(name) for name in known_methods()]
+    lines = []
+    for m in found:
+        lines += [f"{m['name']} ({m['kind']}): {m['summary']}", f"  {m['paper']}"]
+        lines += [f"  {m['name']}.{key}={o['default']}  {o['help']}" for key, o in m["config"].items()]
+    _print(found, as_json, "\n".join(lines))
+
+
+@app.command()
+def backbones(as_json: AsJson = False) -> None:
+    """List the forms a backbone's name takes, and the samples."""
+    from .cache.load import SCHEMES
+    from .cache.samples import SAMPLES
+
+    found = [{"scheme": scheme, "summary": text} for scheme, text in SCHEMES.items()]
+    found += [
+        {"scheme": f"sample:{name}", "summary": sample.summary}
+        for name, sample in SAMPLES.items()
+        if sample.kind == "backbone"
+    ]
+    _print(found, as_json, "\n".join(f"{row['scheme']}  {row['summary']}" for row in found))
+
+
+@app.command()
+def tasks(as_json: AsJson = False) -> None:
+    """List the forms a task's name takes, and the samples."""
+    from dataclasses import asdict
+
+    from .bench.tasks.load import known_tasks
+
+    found = known_tasks()
+    _print([asdict(t) for t in found], as_json, "\n".join(f"{t.form}  {t.summary}" for t in found))
+
+
+@app.command()
+def doctor(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
+    """Say what works on this machine and why the rest does not."""
+    from .bench.doctor import examine
+    from .cache.home import home
+
+    found = examine(home(), _cache_dir(cache_dir))
+    _print(found, as_json, "\n".join(f"{key}: {value}" for key, value in found.items()))
+
+
+@contextmanager
+def _display(quiet: bool) -> "Iterator[Display]":
+    from .bench.progress import Display
+
+    with Display(quiet=quiet) as display:
+        yield display
+
+
+def _print(document: Any, as_json: bool, text: str) -> None:
+    print(json.dumps(document, indent=1) if as_json else text)
+
+
+def _cache_dir(given: Path | None) -> Path:
+    from .cache.home import home
+
+    return given if given is not None else home() / "caches"
+
+
+def _capture(layers: str | None, dtype: str, batch_size: int) -> "CaptureOptions":
+    from .cache.build import CaptureOptions
+
+    globs = None if layers is None else tuple(glob for glob in layers.split(",") if glob)
+    return CaptureOptions(globs, dtype, batch_size)
+
+
+def _settings(given: list[str]) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        method, dot, key = name.rpartition(".")
+        if not (equals and dot and method and key):
+            raise SidebenchError(f"--set wants METHOD.KEY=VALUE, e.g. lora.rank=4; found {text!r}.")
+        found.setdefault(method, {})[key] = value
+    return found
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        found = tuple(dict.fromkeys(int(seed) for seed in text.split(",")))
+    except ValueError:
+        raise SidebenchError(f"--seeds wants whole numbers with commas, e.g. 0,1,2; found {text!r}.") from None
+    if min(found) < 0:
+        raise SidebenchError(f"--seeds wants numbers of 0 or more; found {text!r}.")
+    return found
