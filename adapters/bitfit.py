@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..cache.backbone import Backbone
+from ..cache.errors import SidebenchError
 from ._base import BackboneBody, Body, LiveMethod, TrainingConfig, option
 
 
@@ -26,7 +27,10 @@ class BitFit(LiveMethod):
     paper = "BitFit, ACL 2022, arXiv 2106.10199"
 
     def build(self, backbone: Backbone) -> Body:
-        """See LiveMethod."""
-        for name, parameter in backbone.used_parameters().items():
-            parameter.requires_grad_(name.endswith("bias"))
+        """See LiveMethod. Raises SidebenchError for a backbone without biases (T5 has none)."""
+        biases = [p for name, p in backbone.used_parameters().items() if name.rsplit(".", 1)[-1] == "bias"]
+        if not biases:
+            raise SidebenchError(f"bitfit has nothing to train: the output of {backbone.arch.name} depends on no bias.")
+        for bias in biases:
+            bias.requires_grad_(True)
         return BackboneBody(backbone)

@@ -12,6 +12,7 @@ of. Cached: the L hidden states. Trained, with S = D/r, F = mlp/r, L blocks:
     (L+1)(DS + S) + L + L(4(S²+S) + 2SF + F + S + 4S [+ 2S layer scale]) + 2S + SD + D
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from ..cache.backbone import Architecture
 from ..cache.block_weights import BackboneWeights, BlockWeights
+from ..cache.errors import SidebenchError
 from ._base import Batch, Body, CachedMethod, TrainingConfig, WeightsLoader, option
 
 Pair = tuple[Tensor, Tensor | None]
@@ -49,6 +51,12 @@ class LST(CachedMethod):
         r = self.config.reduction
         if arch.norm is None or arch.heads is None or arch.mlp_width is None:
             return f"it copies the backbone's block, and {arch.name} has none this code can copy"
+        if arch.activation is not None and arch.activation not in ACTIVATIONS:
+            return f"it copies the backbone's block, and not the activation {arch.activation!r} of {arch.name}'s MLP"
+        if arch.width % arch.heads:
+            return f"it copies the backbone's block, and width {arch.width} does not split into {arch.heads} heads"
+        if self.config.temperature <= 0:
+            return f"temperature {self.config.temperature} is none for a gate; more than 0"
         if r < 1 or arch.width % r or arch.mlp_width % r or arch.width // r % arch.heads:
             return (
                 f"width {arch.width} divided by lst.reduction={r} does not split into {arch.heads} heads; "
@@ -65,7 +73,9 @@ class LST(CachedMethod):
 
     def _dividing(self, arch: Architecture) -> int:
         assert arch.heads is not None
-        return max((r for r in (8, 4, 2, 1) if arch.width % r == 0 and arch.width // r % arch.heads == 0), default=1)
+        assert arch.mlp_width is not None
+        both = math.gcd(arch.width // arch.heads, arch.mlp_width)
+        return next(r for r in (8, 4, 2, 1) if both % r == 0)
 
 
 class Ladder(Body):
@@ -163,9 +173,15 @@ def copy_pruned(ladder: Ladder, weights: BackboneWeights) -> None:
 
     Layers are walked in forward order with the set of kept indices: inputs are the last set, outputs are the rows of
     largest importance, which become the next set. Consistency along the residual stream is not enforced, as in the
-    released code.
+    released code. Raises SidebenchError for a block or an embedding whose widths do not follow each other.
     """
     side_width = ladder.up.in_features
+    gated = any(len(block.fc1[0]) != block.fc2[0].shape[1] for block in weights.blocks)  # SwiGLU
+    if gated or weights.embedding.shape[1] != ladder.width:  # ELECTRA's table is narrower than its blocks
+        raise SidebenchError(
+            "this backbone's weights cannot be pruned: its embedding is narrower than its blocks, or its MLP is gated. "
+            "Try --set lst.init=random."
+        )
     kept = strongest(weights.embedding.abs().sum(0), side_width)
     for block, source in zip(ladder.blocks, weights.blocks, strict=True):
         assert isinstance(block, SideBlock)

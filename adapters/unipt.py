@@ -48,6 +48,8 @@ class UniPT(CachedMethod):
             return "it needs a backbone with blocks: at least one guide beside the anchor"
         if arch.width // max(self.config.reduction, 1) < 1 or self.config.reduction < 1:
             return f"reduction {self.config.reduction} leaves no side width of {arch.width}"
+        if self._single and arch.modality == "image" and not arch.prefix_tokens:
+            return f"its single anchor is the class token, and {arch.name} has none; leave unipt.form at tokens"
         return None
 
     def layers(self, arch: Architecture) -> tuple[str, ...]:

@@ -75,9 +75,13 @@ class PromptedBody(BackboneBody):
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = dict(zip(names, args, strict=False)) | kwargs
             first = names[0]
+            mask = given.get("attention_mask")
+            if mask is None and given.get("is_causal"):  # CLIP's text tower without padding: causal, but no mask given
+                length = given[first].shape[1] - (self.prompts.shape[1] if index else 0)
+                mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=given[first].device).tril()
             given[first] = self._with_prompts(given[first], index)
-            if given.get("attention_mask") is not None:
-                given["attention_mask"] = self._widened(given["attention_mask"])
+            if mask is not None:
+                given["attention_mask"] = self._widened(mask)
             positional = tuple(given.pop(name) for name in names[: len(args)])
             return positional, given
 

@@ -112,8 +112,8 @@ class Backbone:
         """The layer a head reads: `norm` where there is one, else the last block."""
         if not self._taps:
             raise SidebenchError(
-                f"{type(self.module).__name__} has no list of equal blocks to name; say which layers to read, "
-                "e.g. --layers 'features.*'."
+                f"{type(self.module).__name__} has no blocks to name: no ModuleList or Sequential inside it holds "
+                "children of one class. Put its repeated part into one."
             )
         return list(self._taps)[-1]
 
@@ -134,7 +134,7 @@ class Backbone:
                 error = unknown("layer", pattern, self.layers)
                 raise SidebenchError(f"{error} Any dotted module path of {type(self.module).__name__} works too.")
             wanted.update(found)
-        return tuple(name for name in (*self.layers, *paths) if name in wanted)
+        return tuple(name for name in dict.fromkeys((*self.layers, *paths)) if name in wanted)
 
     def run(self, inputs: Inputs, layers: Iterable[str], sink: Sink) -> None:
         """Forward `inputs`, hand each wanted layer to `sink(layer, (B, T, D))` as it appears, stop after the last.

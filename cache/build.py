@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .backbone import Backbone
-from .catalog import find_store
-from .errors import SidebenchError
+from .catalog import bytes_below, find_store
+from .errors import SidebenchError, unknown
 from .examples import Examples
 from .load import weights_sha256
 from .lock import builder_lock
@@ -73,15 +73,20 @@ def plan(backbone: Backbone, examples: Examples, options: CaptureOptions, *, lim
             "choose a backbone and a task of one kind (bench backbones, bench tasks)."
         )
     if options.dtype not in _TORCH_DTYPES:
-        from .errors import unknown
-
         raise unknown("storage dtype", options.dtype, _TORCH_DTYPES)
+    if options.batch_size < 1:
+        raise SidebenchError(f"a batch of {options.batch_size} examples holds nothing; give --batch-size 1 or more.")
     layers = backbone.resolve(options.layers) if options.layers else backbone.layers
     prepared = lengths = None
     if examples.modality == "text":
         prepared = backbone.preprocess.prepare([examples.load(i) for i in range(len(examples))])
         lengths = np.array([len(ids) for ids in prepared], dtype=np.int64)
+        if (lengths == 0).any():
+            name = examples.ids[int(lengths.argmin())]
+            raise SidebenchError(f"the text of example {name!r} holds no token; give it a word or take it out.")
     shapes = {name: t.shape for name, t in backbone.capture(backbone.preprocess.dummy(backbone.device), layers).items()}
+    if lengths is not None:
+        _check_text_layers(shapes)
     specs = tuple(
         ActivationSpec(layer, None if lengths is not None else int(shapes[layer][1]), int(shapes[layer][2]))
         for layer in layers
@@ -122,6 +127,8 @@ def build(
         return BuildResult("exists", found.folder, found.manifest)
     folder = cache_dir / manifest.folder_name
     with builder_lock(folder):
+        if (found := find_store(cache_dir, manifest)) is not None:  # finished by somebody else a moment ago
+            return BuildResult("exists", found.folder, found.manifest)
         begun = time.perf_counter()
         _announce(planned, folder, say)
         writer = StoreWriter(folder, manifest)
@@ -142,11 +149,15 @@ def _fill(planned: Plan, writer: StoreWriter, progress: Progress) -> float:
     for path, rows in (("targets", examples.targets), ("offsets", offsets)):
         if rows is not None:
             writer.append(path, rows.astype(np.int64))
-    paths = [f"{kind}/{layer}" for layer in manifest.layers for kind in ("layers", "pooled")]
     size = int(manifest.forward["batch_size"])
-    first = min(_example_of(path, writer.first_missing_row(path), offsets) for path in paths) // size * size
-    for path in paths:
-        writer.seek(path, int(offsets[first]) if offsets is not None and path.startswith("layers/") else first)
+    missing = [writer.first_missing_row(f"layers/{layer}") for layer in manifest.layers]
+    first = min(_example_of(row, offsets) for row in missing) // size * size
+    pooled_first = min(writer.first_missing_row(f"pooled/{layer}") for layer in manifest.layers) // size * size
+    for layer in manifest.layers:
+        writer.seek(f"layers/{layer}", first if offsets is None else int(offsets[first]))
+        writer.seek(f"pooled/{layer}", min(pooled_first, first))
+    for start in range(pooled_first, first, size):
+        _pool_stored(planned, writer, start, min(start + size, first))
     seconds = 0.0
     progress(min(first, len(examples)), len(examples))
     for start, prepared in _prepared_batches(planned, first, size):
@@ -162,14 +173,42 @@ def _fill(planned: Plan, writer: StoreWriter, progress: Progress) -> float:
 
 
 def _append(planned: Plan, writer: StoreWriter, layer: str, value: Tensor, mask: Tensor | None, start: int) -> None:
-    real = torch.ones(value.shape[:2], dtype=torch.bool) if mask is None else mask
-    stored = value.to(_TORCH_DTYPES[planned.manifest.dtype])
-    kept = stored[real] if mask is not None else stored  # (rows, D) or (B, T, D)
+    stored = value.to(_TORCH_DTYPES[planned.manifest.dtype]).contiguous()
+    if mask is None:
+        mask = torch.ones(value.shape[:2], dtype=torch.bool)
+        kept = stored
+    else:
+        kept = stored[mask]  # (rows, D)
+        stored = stored.masked_fill(~mask[..., None], 0)
     if not bool(torch.isfinite(kept).all()):
-        raise _not_finite(planned, layer, value, real, start)
+        raise _not_finite(planned, layer, value, stored, start)
     writer.append(f"layers/{layer}", _as_numpy(kept))
-    pooled = torch.stack([value[:, 0], masked_mean(value, pooling_mask(real, planned.backbone.arch.prefix_tokens))], 1)
-    writer.append(f"pooled/{layer}", _as_numpy(pooled.to(stored.dtype)))
+    _append_pooled(planned, writer, layer, stored, mask)
+
+
+def _append_pooled(planned: Plan, writer: StoreWriter, layer: str, stored: Tensor, mask: Tensor) -> None:
+    """Pool what is stored (B, T, D), not what the forward gave: so a resume can pool again without a forward."""
+    tokens = stored.float()
+    pooled = [tokens[:, 0], masked_mean(tokens, pooling_mask(mask, planned.backbone.arch.prefix_tokens))]
+    writer.append(f"pooled/{layer}", _as_numpy(torch.stack(pooled, 1).to(stored.dtype)))
+
+
+def _pool_stored(planned: Plan, writer: StoreWriter, start: int, stop: int) -> None:
+    """Pool one canonical batch from the chunks on disk: pooled chunks hold thousands of examples and come late."""
+    dtype = _TORCH_DTYPES[planned.manifest.dtype]
+    lengths = planned.lengths
+    for spec in planned.manifest.specs:
+        path = f"layers/{spec.layer}"
+        if lengths is None:
+            stored = torch.from_numpy(writer.stored_rows(path, start, stop)).view(dtype)
+            mask = torch.ones(stored.shape[:2], dtype=torch.bool)
+        else:
+            before, inside = int(lengths[:start].sum()), lengths[start:stop]
+            mask = torch.arange(int(inside.max())) < torch.from_numpy(inside)[:, None]
+            stored = torch.zeros((*mask.shape, spec.width), dtype=dtype)
+            rows = writer.stored_rows(path, before, before + int(inside.sum()))
+            stored[mask] = torch.from_numpy(rows).view(dtype)
+        _append_pooled(planned, writer, spec.layer, stored, mask)
 
 
 def _prepared_batches(planned: Plan, first: int, size: int) -> Iterator[tuple[int, Sequence[Tensor]]]:
@@ -196,7 +235,7 @@ def _announce(planned: Plan, folder: Path, say: Callable[[str], None]) -> None:
     """Say size, space and time before anything is written, and refuse what cannot fit."""
     needed = planned.manifest.stored_bytes
     folder.parent.mkdir(parents=True, exist_ok=True)
-    present = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) if folder.exists() else 0
+    present = bytes_below(folder)
     free = shutil.disk_usage(folder.parent).free
     if needed - present > free:
         raise SidebenchError(
@@ -229,24 +268,30 @@ def _estimate_seconds(planned: Plan) -> float:
     return elapsed * len(planned.examples) / len(spread)
 
 
-def _example_of(path: str, row: int, offsets: NDArray[np.int64] | None) -> int:
-    """The example that a row of an array belongs to."""
-    if offsets is None or path.startswith("pooled/"):
+def _example_of(row: int, offsets: NDArray[np.int64] | None) -> int:
+    """The example that a row of a layer belongs to."""
+    if offsets is None:
         return row
     return int(np.searchsorted(offsets, row, side="right")) - 1 if row < offsets[-1] else len(offsets) - 1
 
 
-def _not_finite(planned: Plan, layer: str, value: Tensor, real: Tensor, start: int) -> SidebenchError:
-    of_example = (value.abs().nan_to_num(torch.inf, posinf=torch.inf) * real[..., None]).flatten(1)
-    limit = torch.finfo(_TORCH_DTYPES[planned.manifest.dtype]).max
-    row = int((of_example.amax(1) > limit).nonzero()[0])
-    name = planned.examples.ids[start + row]
-    where = f"layer {layer}, example {name!r}"
-    if bool(torch.isfinite(value[row][real[row]]).all()):
-        largest = float(of_example[row].max())
+def _check_text_layers(shapes: Mapping[str, torch.Size]) -> None:
+    tokens = max(shape[1] for shape in shapes.values())
+    for layer, shape in shapes.items():
+        if shape[1] != tokens:
+            raise SidebenchError(f"layer {layer} yields {shape[1]} tokens for a text of {tokens}; leave it out.")
+
+
+def _not_finite(planned: Plan, layer: str, value: Tensor, stored: Tensor, start: int) -> SidebenchError:
+    bad = ~torch.isfinite(stored)  # padding is zero here
+    row = int(bad.flatten(1).any(1).nonzero()[0])
+    where = f"layer {layer}, example {planned.examples.ids[start + row]!r}"
+    culprits = value[row][bad[row]]
+    if bool(torch.isfinite(culprits).all()):
         return SidebenchError(
-            f"{where}: an activation of {largest:.4g} does not fit into {planned.manifest.dtype} "
-            f"(at most {limit:.4g}). Build with --dtype bfloat16 or float32. The chunks written so far are kept."
+            f"{where}: an activation of {float(culprits.abs().max()):.6g} does not fit into {planned.manifest.dtype} "
+            f"(at most {torch.finfo(stored.dtype).max:.6g}). Build with --dtype bfloat16 or float32. "
+            "The chunks written so far are kept."
         )
     return SidebenchError(
         f"{where}: the backbone yields NaN or infinity. Look at this example and at the weights; nothing that is not "

@@ -1,12 +1,15 @@
 """The stores of a cache folder: find one by its facts or digest, list them, remove one."""
 
 import json
+import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import SidebenchError, unknown
+from .errors import SidebenchError, disk_errors, unknown
+from .lock import builder_lock
 from .manifest import MANIFEST, Manifest, differences, missing_layers, read_manifest
 from .zarr_store import ZarrStore
 
@@ -32,13 +35,23 @@ def entries(cache_dir: Path) -> list[Entry]:
 
 def entry(folder: Path) -> Entry:
     """Describe one store without opening its arrays."""
-    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    size = bytes_below(folder)
     notes = read_notes(folder)
     try:
         manifest, _ = read_manifest(folder)
     except SidebenchError as error:
         return Entry(folder, None, notes, size, None if not (folder / MANIFEST).exists() else str(error))
     return Entry(folder, manifest, notes, size)
+
+
+def bytes_below(folder: Path) -> int:
+    """Bytes of all files of a store, also while somebody is writing or removing it."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):  # a temporary file that was renamed since it was listed
+                total += os.stat(os.path.join(parent, name)).st_size
+    return total
 
 
 def read_notes(folder: Path) -> dict[str, Any]:
@@ -94,12 +107,13 @@ def locate(name: str, cache_dir: Path) -> Path:
 
 
 def remove(folder: Path) -> None:
-    """Delete a store. Refuses a folder that does not look like one of ours.
+    """Delete a store. Refuses a folder that does not look like one of ours, or that is being built.
 
     The manifest goes first, so a removal that is cut short leaves an incomplete store, never a damaged one.
     """
-    if folder.suffix != ".zarr" or not (folder / "zarr.json").is_file() or not (folder / "layers").is_dir():
+    ours = folder.suffix == ".zarr" and (folder / "zarr.json").is_file() and (folder / "layers").is_dir()
+    if not ours or folder.is_symlink():
         raise SidebenchError(f"{folder} does not look like an activation cache; nothing was removed.")
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder)
-    folder.with_name(folder.name + ".lock").unlink(missing_ok=True)
+    with builder_lock(folder), disk_errors(folder):
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder)

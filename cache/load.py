@@ -5,7 +5,8 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +83,13 @@ def _from_transformers(folder: str, tower: str | None, image_size: int | None, m
     source = str(Path(folder).expanduser()) if looks_local else folder
     if looks_local and not Path(source, "config.json").is_file():
         raise SidebenchError(f"no transformers model at {folder}: looked for {source}/config.json.")
-    try:
+    with _reading(folder, looks_local):
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise _unreadable(folder, error, looks_local) from error
     config, loader = _tower(config, tower, folder)
-    try:
+    with _reading(folder, looks_local):
         module, report = loader.from_pretrained(
             source, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _unreadable(folder, error, looks_local) from error
     missing = set(report["missing_keys"])
     needed = sorted(name for name in missing if "pooler" not in name and "mask_token" not in name)
     if needed:
@@ -100,7 +97,7 @@ def _from_transformers(folder: str, tower: str | None, image_size: int | None, m
             f"the checkpoint of hf:{folder} lacks {len(needed)} weights of {type(module).__name__}, the first is "
             f"{needed[0]}; they would be random. Is this the right folder?"
         )
-    family = {
+    family: dict[str, Any] = {
         "norm": _norm_of(config.model_type),
         "heads": getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None),
         "activation": getattr(config, "hidden_act", None),
@@ -109,13 +106,17 @@ def _from_transformers(folder: str, tower: str | None, image_size: int | None, m
     }
     patch = getattr(config, "patch_size", None)
     if patch is None:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        with _reading(folder, looks_local):
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        _check_vocabulary(folder, tokenizer, getattr(config, "vocab_size", None))
         positions = getattr(config, "max_position_embeddings", None) or 512
-        length = max_length or min(MAX_LENGTH, positions)
+        length = min(MAX_LENGTH, positions) if max_length is None else max_length
         if length > positions:
             raise SidebenchError(f"--max-length {length} is beyond this backbone's {positions} positions.")
         return Backbone(module, TextPreprocess(tokenizer, length), **family)
-    processor, side = resized(AutoImageProcessor.from_pretrained(source), image_size)
+    with _reading(folder, looks_local):  # not torchvision: the pixels, and so the store, would depend on its presence
+        processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+    processor, side = resized(processor, image_size)
     options = {}
     if side != getattr(config, "image_size", side) and config.model_type != "dinov2":  # DINOv2 always interpolates
         options["interpolate_pos_encoding"] = True
@@ -134,6 +135,16 @@ def _tower(config: Any, tower: str | None, folder: str) -> tuple[Any, Any]:
     if tower:
         raise SidebenchError(f"hf:{folder} is one network ({config.model_type}), it has no tower {tower!r}.")
     return config, AutoModelForTextEncoding if getattr(config, "is_encoder_decoder", False) else AutoModel
+
+
+def _check_vocabulary(folder: str, tokenizer: Any, embedded: int | None) -> None:
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder that has none
+        raise SidebenchError(f"hf:{folder} holds no tokenizer; every word would be unknown. Copy its tokenizer files.")
+    if embedded is not None and len(tokenizer) > embedded:
+        raise SidebenchError(
+            f"the tokenizer of hf:{folder} has {len(tokenizer)} tokens and the backbone embeds {embedded}; "
+            "they do not belong together."
+        )
 
 
 def _norm_of(model_type: str) -> Norm | None:
@@ -158,25 +169,39 @@ def _from_module(path: str, image_size: int | None) -> Backbone:
         sys.path.insert(0, os.getcwd())  # as `python -m` does: a factory beside the user is found
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise SidebenchError(f"cannot import {module_name!r} for module:{path}: {error}.") from error
+    except Exception as error:  # whatever the user's own file raises
+        raise SidebenchError(f"cannot import {module_name!r} for module:{path}: {_said(error)}.") from error
     factory = getattr(module, factory_name, None)
     if factory is None:
         raise unknown(f"factory in {module_name}", factory_name, (n for n in vars(module) if not n.startswith("_")))
-    built = factory()
+    try:
+        built = factory()
+    except SidebenchError:
+        raise
+    except Exception as error:
+        raise SidebenchError(f"calling {factory_name}() for module:{path} failed: {_said(error)}.") from error
     if isinstance(built, Backbone):
         return built
     if not isinstance(built, nn.Module):
         raise SidebenchError(f"module:{path} returned {type(built).__name__}; wanted a torch.nn.Module or a Backbone.")
-    side = image_size or 224
+    side = 224 if image_size is None else image_size
     # A plain module takes one positional image batch; Backbone passes keywords, so find that argument's name.
     name = next(iter(inspect.signature(built.forward).parameters), "input")
     return Backbone(built, ImagePreprocess(PlainImageProcessor(side), side, None, input_name=name))
 
 
-def _unreadable(folder: str, error: Exception, local: bool) -> SidebenchError:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    hint = (
-        "" if local else " A folder on disk is written hf:./folder; without a hub, `bench backbones` lists the samples."
-    )
-    return SidebenchError(f"cannot load the backbone hf:{folder}: {lines[0][:300]}{hint}")
+@contextmanager
+def _reading(folder: str, local: bool) -> Iterator[None]:
+    """Say in a sentence what the library met in a folder; for a damaged one it raises anything."""
+    try:
+        yield
+    except Exception as error:
+        hint = " A folder on disk is written hf:./folder; without a hub, `bench backbones` lists the samples."
+        raise SidebenchError(f"cannot load the backbone hf:{folder}: {_said(error)}{'' if local else hint}") from error
+
+
+def _said(error: Exception) -> str:
+    """The first line of what another library said, with its kind where the words alone would not explain it."""
+    lines = str(error).strip().splitlines()
+    said = lines[0][:300] if lines else ""
+    return said if isinstance(error, OSError | ValueError | ImportError) and said else f"{type(error).__name__}: {said}"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import SidebenchError
+from .errors import SidebenchError, disk_errors
 
 try:
     import fcntl
@@ -17,8 +17,9 @@ except ImportError:  # pragma: no cover - Windows
 def builder_lock(folder: Path) -> Iterator[None]:
     """Hold `<folder>.lock` while building. Raises SidebenchError naming the process that holds it."""
     path = folder.with_name(folder.name + ".lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    with disk_errors(folder):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if fcntl is not None:
             try:

@@ -4,12 +4,13 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from .backbone import Architecture
+from .backbone import Architecture, Norm
 from .errors import SidebenchError
+from .examples import Modality
 from .layout import STORAGE_DTYPES, ArrayLayout
 
 FORMAT = "sidebench-activations/1"
@@ -17,6 +18,8 @@ MANIFEST = "manifest.json"
 _LAYER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 _LARGEST_MANIFEST_BYTES = 512 * 2**20
 _LARGEST_COUNT = 2**48
+_MOST_BLOCKS = 10_000
+_PLAIN_OBJECTS = ("zarr.json", "layers/zarr.json", "pooled/zarr.json", "ids.json")
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,19 @@ class Manifest:
             found["offsets"] = ArrayLayout((self.examples + 1,), "int64")
         return found
 
+    def objects(self) -> dict[str, int | None]:
+        """Every file that the manifest lists, by path, with its length where the facts fix it."""
+        found: dict[str, int | None] = dict.fromkeys(_PLAIN_OBJECTS)
+        for path, layout in self.arrays().items():
+            found[f"{path}/zarr.json"] = len(layout.metadata().encode())
+            found.update({f"{path}/{layout.chunk_key(chunk)}": layout.object_bytes for chunk in range(layout.chunks)})
+        return found
+
+    @property
+    def object_count(self) -> int:
+        """How many `objects` there are, without listing them: a forged shape may claim more than memory holds."""
+        return len(_PLAIN_OBJECTS) + sum(1 + layout.chunks for layout in self.arrays().values())
+
     @property
     def stored_bytes(self) -> int:
         """Bytes of all chunk objects."""
@@ -116,28 +132,25 @@ def read_manifest(folder: Path) -> tuple[Manifest, dict[str, StoredObject]]:
     Raises SidebenchError when the store was never committed, is not ours, or its manifest contradicts itself.
     """
     path = folder / MANIFEST
-    try:
-        size = path.stat().st_size
-    except OSError:
+    if not path.is_file():
         raise SidebenchError(
             f"{folder} is not a complete activation cache: it has no {MANIFEST}, so its build never finished. "
             "Run the same `bench cache build` again to resume it."
-        ) from None
-    if size > _LARGEST_MANIFEST_BYTES:
-        raise SidebenchError(f"{path} has {size} bytes, more than any manifest of ours; refused.")
+        )
     try:
+        if (size := path.stat().st_size) > _LARGEST_MANIFEST_BYTES:
+            raise SidebenchError(f"it has {size} bytes, more than any manifest of ours.")
         document = json.loads(path.read_text("utf-8"))
         manifest = manifest_from_facts(document["facts"])
         objects = {str(key): StoredObject(_count(b), _count(c)) for key, (b, c) in document["objects"].items()}
-        stated = document["digest"]
+        stated, digest = document["digest"], manifest.digest
+        _check_objects(manifest, objects)
     except SidebenchError as error:
         raise SidebenchError(f"{path} is refused: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise SidebenchError(f"{path} is no manifest of format {FORMAT}: {type(error).__name__}: {error}") from None
-    if stated != manifest.digest:
-        raise SidebenchError(
-            f"{path} was altered: its facts hash to {manifest.digest[:16]}, it states {str(stated)[:16]}."
-        )
+    if stated != digest:
+        raise SidebenchError(f"{path} was altered: its facts hash to {digest[:16]}, it states {str(stated)[:16]!r}.")
     return manifest, objects
 
 
@@ -148,7 +161,7 @@ def manifest_from_facts(facts: Any) -> Manifest:
     if facts["dtype"] not in STORAGE_DTYPES:
         raise SidebenchError(f"its dtype is {str(facts['dtype'])[:40]!r}; known: {', '.join(STORAGE_DTYPES)}.")
     specs = tuple(
-        ActivationSpec(str(s["layer"]), None if s["tokens"] is None else _count(s["tokens"]), _count(s["width"]))
+        ActivationSpec(s["layer"], None if s["tokens"] is None else _count(s["tokens"], 1), _count(s["width"], 1))
         for s in facts["specs"]
     )
     for spec in specs:
@@ -157,13 +170,17 @@ def manifest_from_facts(facts: Any) -> Manifest:
     ragged = {spec.tokens is None for spec in specs}
     if len(ragged) != 1 or len({spec.layer for spec in specs}) != len(specs):
         raise SidebenchError("its layers are none, repeated, or partly ragged.")
-    _count(facts["dataset"]["examples"])
-    known = {field.name for field in fields(Architecture)}
+    for name in ("backbone", "preprocessing", "dataset", "forward"):
+        if not isinstance(facts[name], dict):
+            raise SidebenchError(f"its {name} is no object.")
+    examples, rows = _count(facts["dataset"]["examples"], 1), _count(facts["rows"], 1)
+    if rows < examples or (rows != examples and ragged == {False}):
+        raise SidebenchError(f"it holds {rows} rows for {examples} examples.")
     values = {k: v for k, v in facts.items() if k not in ("format", "architecture", "specs", "rows")}
     return Manifest(
-        architecture=Architecture(**{k: v for k, v in facts["architecture"].items() if k in known}),
+        architecture=_architecture(facts["architecture"]),
         specs=specs,
-        rows=_count(facts["rows"]),
+        rows=rows,
         **values,
     )
 
@@ -190,7 +207,36 @@ def _compare(name: str, wanted: Any, found: Any, lines: list[str]) -> None:
         lines.append(f"{name}: wanted {str(wanted)[:60]}, found {str(found)[:60]}")
 
 
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _LARGEST_COUNT:
+def _architecture(values: Any) -> Architecture:
+    made = Architecture(**values)
+    optional_counts = [value for value in (made.heads, made.mlp_width) if value is not None]
+    for value in (made.width, made.prefix_tokens, *optional_counts):
+        _count(value)
+    texts = (made.name, made.final_layer, made.activation or "", made.norm or "", made.modality)
+    if not (
+        all(isinstance(text, str) for text in texts)
+        and made.modality in get_args(Modality)
+        and made.norm in (None, *get_args(Norm))
+        and isinstance(made.norm_eps, float | int)
+        and isinstance(made.layer_scale, bool)
+        and _count(made.blocks) <= _MOST_BLOCKS
+    ):
+        raise SidebenchError("its architecture describes no backbone.")
+    return made
+
+
+def _check_objects(manifest: Manifest, objects: Mapping[str, StoredObject]) -> None:
+    """Raise SidebenchError unless exactly the files that the facts imply are listed, each with its length."""
+    if manifest.object_count != len(objects):
+        raise SidebenchError(f"it lists {len(objects)} objects, its facts imply {manifest.object_count}.")
+    for path, length in manifest.objects().items():
+        if path not in objects:
+            raise SidebenchError(f"it does not list {path}.")
+        if length is not None and objects[path].bytes != length:
+            raise SidebenchError(f"it states {objects[path].bytes} bytes for {path}, its facts imply {length}.")
+
+
+def _count(value: Any, least: int = 0) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < _LARGEST_COUNT:
         raise SidebenchError(f"it holds {str(value)[:40]!r} where a count belongs.")
     return value

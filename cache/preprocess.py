@@ -47,6 +47,11 @@ class TextPreprocess:
     modality: Modality = "text"
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
+        special = int(tokenizer.num_special_tokens_to_add())
+        if max_length <= special:
+            raise SidebenchError(
+                f"--max-length {max_length} leaves no room for a word: this tokenizer adds {special} tokens of its own."
+            )
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.pad_id = int(tokenizer.pad_token_id or 0)
@@ -87,6 +92,8 @@ class ImagePreprocess:
     modality: Modality = "image"
 
     def __init__(self, processor: Any, image_size: int, patch_size: int | None, input_name: str = "pixel_values"):
+        if image_size < 1:
+            raise SidebenchError(f"--image-size {image_size} is no size; leave it out for the backbone's own.")
         if patch_size and image_size % patch_size:
             lower = max(image_size // patch_size, 1) * patch_size
             raise SidebenchError(

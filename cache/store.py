@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .backbone import Architecture, Backbone
+from .errors import SidebenchError, unknown
 
 Index = NDArray[np.int64]
 
@@ -105,9 +106,9 @@ def check_index(index: Index, examples: int) -> None:
 
 
 def require_layers(held: Sequence[str], wanted: Sequence[str]) -> None:
-    """Raise SidebenchError for a layer that is not held."""
-    from .errors import unknown
-
+    """Raise SidebenchError for a layer that is not held, or when none is wanted."""
+    if not wanted:
+        raise SidebenchError("no layer was asked for.")
     for layer in wanted:
         if layer not in held:
             raise unknown("layer in this store", layer, held)

@@ -1,10 +1,8 @@
 """Writes a store chunk by chunk from a background thread; what is whole on disk survives any death of the process."""
 
-import errno
 import json
 import os
 import queue
-import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import SidebenchError
+from .errors import disk_errors
 from .layout import CHECKSUM_BYTES, GROUP_METADATA, checksum, trailer
 from .manifest import MANIFEST, Manifest, StoredObject, write_manifest
 
@@ -38,7 +36,7 @@ class StoreWriter:
         self._queue: queue.Queue[tuple[str, NDArray[Any]] | None] = queue.Queue(maxsize=2 * len(manifest.specs))
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
-        with _disk_errors(folder):
+        with disk_errors(folder):
             self._lay_out()
         self._whole = {path: self._whole_chunks(path) for path in self._layouts}
         self.resumed_chunks = sum(len(chunks) for chunks in self._whole.values())
@@ -65,15 +63,26 @@ class StoreWriter:
             self._position[path] = position + taken
             rows = rows[taken:]
 
+    def stored_rows(self, path: str, start: int, stop: int) -> NDArray[Any]:
+        """Rows `start` to `stop` of array `path`; they must lie in whole chunks on disk."""
+        layout = self._layouts[path]
+        rows = np.empty((stop - start, *layout.shape[1:]), dtype=layout.numpy_dtype)
+        for begin in range(start // layout.chunk_rows * layout.chunk_rows, stop, layout.chunk_rows):
+            file = self.folder / path / layout.chunk_key(begin // layout.chunk_rows)
+            chunk = np.memmap(file, dtype=layout.numpy_dtype, mode="r", shape=layout.chunk_shape)
+            low, high = max(start, begin), min(stop, begin + layout.chunk_rows)
+            rows[low - start : high - start] = chunk[low - begin : high - begin]
+        return rows
+
     def commit(self, notes: dict[str, Any], ids: tuple[str, ...]) -> None:
         """Flush everything, then write the manifest: from here on the store can be opened."""
-        with _disk_errors(self.folder):
+        with disk_errors(self.folder):
             self._put_object("ids.json", json.dumps(list(ids), ensure_ascii=True, indent=0).encode())
         self._drain()
         short = [path for path, layout in self._layouts.items() if len(self._whole[path]) != layout.chunks]
         if short:
             raise AssertionError(f"commit before {short[0]} is complete")
-        with _disk_errors(self.folder):
+        with disk_errors(self.folder):
             for leftover in self.folder.rglob(f"*{_TEMPORARY}"):
                 leftover.unlink()
             _replace(self.folder / NOTES, (json.dumps(notes, indent=1, sort_keys=True) + "\n").encode())
@@ -145,7 +154,7 @@ class StoreWriter:
     def _drain(self) -> None:
         self.close()
         if self._failure is not None:
-            with _disk_errors(self.folder):
+            with disk_errors(self.folder):
                 raise self._failure
 
     def _write_chunks(self) -> None:
@@ -162,7 +171,7 @@ class StoreWriter:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _replace(target, buffer.reshape(-1).view(np.uint8).data, trailer(crc))
                 self._objects[key] = StoredObject(buffer.nbytes + CHECKSUM_BYTES, crc)
-            except OSError as error:
+            except Exception as error:  # a dead thread would leave the other side waiting for ever
                 self._failure = error
             self.write_seconds += perf_counter() - started
 
@@ -192,28 +201,3 @@ def _flush_folders(folder: Path) -> None:
         if path.is_dir():
             _flush(path)
     _flush(folder)
-
-
-class _disk_errors:
-    """Turn the operating system's refusals into sentences."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, OSError):
-            return
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(self.folder if self.folder.exists() else self.folder.parent).free
-            raise SidebenchError(
-                f"the disk of {self.folder.parent} is full ({free} bytes free). What is written is kept: free some "
-                "space, or move on with --cache-dir, and run the same command again to resume."
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise SidebenchError(
-                f"cannot write to {self.folder.parent}: {error.strerror}. Choose another folder with --cache-dir."
-            ) from error
-        raise SidebenchError(f"writing {self.folder} failed: {error}.") from error

@@ -55,11 +55,12 @@ class ZarrStore(Store):
     @property
     def ids(self) -> tuple[str, ...]:
         """Example ids in task order."""
-        payload = (self.folder / "ids.json").read_bytes()
-        stated = self._objects["ids.json"]
-        if checksum(payload) != stated.crc32c:
-            raise self._damaged("ids.json", "its checksum differs from the manifest")
-        return tuple(str(i) for i in json.loads(payload))
+        if problem := self._object_problem("ids.json"):
+            raise self._damaged("ids.json", problem)
+        ids = json.loads((self.folder / "ids.json").read_text("ascii"))
+        if len(ids) != len(self):
+            raise self._damaged("ids.json", f"it names {len(ids)} examples, the manifest {len(self)}")
+        return tuple(str(i) for i in ids)
 
     def lengths(self) -> NDArray[np.int64]:
         """(N,) tokens per example."""
@@ -86,38 +87,23 @@ class ZarrStore(Store):
 
     def verify(self) -> list[BadChunk]:
         """Read every object of the store and compare it with the manifest; extra and missing ones are bad too."""
-        bad = []
-        expected = self._expected_objects()
-        for key in sorted({*expected, *self._objects}):
-            reason = self._object_problem(key, expected[key]) if key in expected else "no part of such a store"
-            if reason:
-                bad.append(_bad(key, reason))
+        bad = [_bad(key, reason) for key in sorted(self._objects) if (reason := self._object_problem(key))]
         known = {*self._objects, "manifest.json", "notes.json"}
         for path in sorted(p for p in self.folder.rglob("*") if p.is_file() or p.is_symlink()):
             if (key := path.relative_to(self.folder).as_posix()) not in known:
                 bad.append(_bad(key, "not part of this store"))
         return bad
 
-    def _expected_objects(self) -> dict[str, int | None]:
-        expected: dict[str, int | None] = dict.fromkeys(
-            ("zarr.json", "layers/zarr.json", "pooled/zarr.json", "ids.json")
-        )
-        for path, layout in self._layouts.items():
-            expected[f"{path}/zarr.json"] = len(layout.metadata().encode())
-            for chunk in range(layout.chunks):
-                expected[f"{path}/{layout.chunk_key(chunk)}"] = layout.object_bytes
-        return expected
-
-    def _object_problem(self, key: str, length: int | None) -> str | None:
-        stated = self._objects.get(key)
-        if stated is None:
-            return "missing from the manifest"
-        target = self.folder / key
+    def _object_problem(self, key: str) -> str | None:
+        stated, target = self._objects[key], self.folder / key
         if not target.is_file():
             return "missing"
-        data = np.fromfile(target, dtype=np.uint8)
-        if len(data) != stated.bytes or (length is not None and len(data) != length):
-            return f"has {len(data)} bytes, wanted {length if length is not None else stated.bytes}"
+        try:
+            data = np.fromfile(target, dtype=np.uint8)
+        except OSError as error:
+            return f"unreadable: {error.strerror}"
+        if len(data) != stated.bytes:
+            return f"has {len(data)} bytes, wanted {stated.bytes}"
         is_chunk = "/c/" in key
         payload = data[:-CHECKSUM_BYTES] if is_chunk else data
         if checksum(payload) != stated.crc32c:
@@ -134,16 +120,16 @@ class ZarrStore(Store):
             return self._maps[key]
         layout = self._layouts[path]
         name = f"{path}/{layout.chunk_key(chunk)}"
-        stated = self._objects.get(name)
+        stated = self._objects[name]
         try:
             raw = np.memmap(self.folder / name, dtype=np.uint8, mode="r")
         except (OSError, ValueError):
             raise self._damaged(name, "missing or empty") from None
-        if stated is None or len(raw) != layout.object_bytes:
+        if len(raw) != layout.object_bytes:
             raise self._damaged(name, f"it has {len(raw)} bytes, wanted {layout.object_bytes}")
         payload = raw[:-CHECKSUM_BYTES]
         if key not in self._checked:
-            if checksum(payload) != stated.crc32c:
+            if checksum(payload) != stated.crc32c or raw[-CHECKSUM_BYTES:].tobytes() != trailer(stated.crc32c):
                 raise self._damaged(name, "its checksum differs from the manifest")
             self._checked.add(key)
         array = payload.view(layout.numpy_dtype).reshape(layout.chunk_shape)

@@ -1,0 +1,32 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-all lint clean
+
+demo: .venv/installed
+	$(BIN)/bench cache build --backbone sample:minilm-l6 --task sample:tweets --limit 1000
+	$(BIN)/bench compare --backbone sample:minilm-l6 --task sample:tweets --limit 1000 \
+		--methods linear_probe,unipt,lst,lora,vpt,bitfit --seeds 0,1 --epochs 3
+
+test: .venv/installed
+	$(BIN)/pytest -m "not long"
+
+test-all: .venv/installed
+	$(BIN)/pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info
