@@ -66,7 +66,7 @@ class Method(ABC):
 
     Config: ClassVar[type] = TrainingConfig
     kind: ClassVar[Kind]
-    paper: ClassVar[str]
+    paper: ClassVar[str] = "no paper named"
 
     def __init__(self, config: Any = None) -> None:
         self.config = self.Config() if config is None else config
@@ -161,6 +161,10 @@ def _parsed(name: str, text: str, hint: Any) -> Any:
         if text.lower() not in ("true", "false"):
             raise SidebenchError(f"{name} is true or false; found {text!r}.")
         return text.lower() == "true"
+    if hint not in (int, float, str):
+        raise SidebenchError(
+            f"{name} is of type {hint}, which cannot be set from text; int, float, str, bool, Literal can."
+        )
     try:
         value = hint(text)
     except ValueError:

@@ -2,10 +2,13 @@
 
 import importlib
 import importlib.util
+import inspect
 import pkgutil
+import sys
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +45,9 @@ def find_method(text: str) -> Named:
         return Named(text, Path(text).stem, _single_method(_import_file(Path(text)), text))
     outside = {point.name: point for point in entry_points(group="sidebench.methods")}
     if text in outside:
-        loaded = outside[text].load()
+        loaded = _load_entry_point(outside[text])
         return Named(text, text, loaded if isinstance(loaded, type) else _single_method(loaded, text))
-    if text.startswith("_") or text not in known_methods():
+    if text not in known_methods():
         raise unknown("method", text, known_methods())
     return Named(text, text, _single_method(importlib.import_module(f".{text}", __package__), text))
 
@@ -52,7 +55,7 @@ def find_method(text: str) -> Named:
 def describe(name: str) -> dict[str, Any]:
     """What `bench methods` prints, all of it read from the method's file."""
     cls = find_method(name).cls
-    summary = (cls.__doc__ or "").strip().splitlines()[0]
+    summary = (cls.__doc__ or "").strip().partition("\n")[0]
     config = describe_config(cls.Config)
     return {"name": name, "kind": cls.kind, "paper": cls.paper, "summary": summary, "config": config}
 
@@ -69,19 +72,35 @@ def _single_method(module: Any, text: str) -> type[Method]:
         if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
     ]
     if len(found) != 1:
-        raise SidebenchError(f"{text} defines {len(found)} methods; a method file defines one subclass of Method.")
+        names = f" ({', '.join(cls.__name__ for cls in found)})" if found else ""
+        raise SidebenchError(
+            f"{text} defines {len(found)} methods{names}; a method file defines one subclass of Method."
+        )
+    if inspect.isabstract(found[0]):
+        lacking = ", ".join(sorted(found[0].__abstractmethods__))
+        raise SidebenchError(f"{text}: {found[0].__name__} lacks {lacking}; see the class it is derived from.")
     return found[0]
 
 
 def _import_file(path: Path) -> Any:
     if not path.is_file():
         raise SidebenchError(f"no method file {path}; looked in {path.resolve().parent}.")
-    spec = importlib.util.spec_from_file_location(f"sidebench_user_method_{path.stem}", path)
+    place = zlib.crc32(str(path.resolve()).encode())  # two files of one name in two folders are two modules
+    spec = importlib.util.spec_from_file_location(f"sidebench_user_method_{path.stem}_{place:08x}", path)
     if spec is None or spec.loader is None:
         raise SidebenchError(f"{path} cannot be imported as Python.")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their annotations up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[spec.name]
         raise SidebenchError(f"importing {path} failed: {type(error).__name__}: {error}") from error
     return module
+
+
+def _load_entry_point(point: EntryPoint) -> Any:
+    try:
+        return point.load()
+    except Exception as error:
+        raise SidebenchError(f"loading the method {point.name!r} ({point.value}) failed: {error}") from error

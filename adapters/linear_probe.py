@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..cache.backbone import Architecture
 from ._base import FittedMethod, option
 
 
@@ -32,6 +33,17 @@ class LinearProbe(FittedMethod):
 
     Config: ClassVar[type] = Config
     paper = "linear classifier probes, arXiv 1610.01644; L-BFGS sweep as in CLIP, arXiv 2103.00020"
+
+    def refusal(self, arch: Architecture) -> str | None:
+        """Any backbone will do; the weights to try must span a range on a logarithmic scale."""
+        if not 0 < self.config.smallest_l2 <= self.config.largest_l2:
+            return (
+                f"the L2 weights tried must be positive and in order; found smallest_l2={self.config.smallest_l2:g}, "
+                f"largest_l2={self.config.largest_l2:g}"
+            )
+        if self.config.candidates < 1 or self.config.max_iterations < 1:
+            return "candidates and max_iterations must be 1 or more"
+        return None
 
     def fit(
         self, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], num_outputs: int
@@ -94,5 +106,6 @@ def solve(probe: Probe, features: Tensor, targets: Tensor, l2: float, max_iterat
         return loss
 
     optimizer.step(closure)
+    closure()  # the line search may have looked elsewhere last
     largest = max(float(p.grad.abs().max()) for p in probe.parameters() if p.grad is not None)
     return largest < 1e-5

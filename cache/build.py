@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .backbone import Backbone
 from .catalog import bytes_below, find_store
-from .errors import SidebenchError, unknown
+from .errors import SidebenchError, disk_errors, unknown
 from .examples import Examples
 from .load import weights_sha256
 from .lock import builder_lock
@@ -122,10 +122,11 @@ def build(
     KeyboardInterrupt leaves every whole chunk on disk.
     """
     manifest = planned.manifest
-    found = find_store(cache_dir, manifest)
+    folder = cache_dir / manifest.folder_name
+    with disk_errors(folder):
+        found = find_store(cache_dir, manifest)
     if found is not None:
         return BuildResult("exists", found.folder, found.manifest)
-    folder = cache_dir / manifest.folder_name
     with builder_lock(folder):
         if (found := find_store(cache_dir, manifest)) is not None:  # finished by somebody else a moment ago
             return BuildResult("exists", found.folder, found.manifest)

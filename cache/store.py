@@ -1,5 +1,6 @@
 """The contract of a store: activations by example index and layer, whatever keeps them."""
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ class LiveStore(Store):
         self.layers = backbone.layers
         self._backbone = backbone
         self._prepared = prepared
+        self._one_forward = threading.Lock()  # the hooks of two forwards of one module would catch each other's layers
 
     def __len__(self) -> int:
         return len(self._prepared)
@@ -89,7 +91,9 @@ class LiveStore(Store):
         require_layers(self.layers, layers)
         inputs, mask = self._backbone.preprocess.collate([self._prepared[i] for i in index])
         inputs = {name: value.to(self._backbone.device) for name, value in inputs.items()}
-        kept = {name: value.clone() for name, value in self._backbone.capture(inputs, layers).items()}
+        with self._one_forward:
+            captured = self._backbone.capture(inputs, layers)
+        kept = {name: captured[name].clone() for name in layers}
         if mask is None:
             first = next(iter(kept.values()))
             return Activations(kept, torch.ones(first.shape[:2], dtype=torch.bool))

@@ -3,7 +3,9 @@
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,6 @@ class ZarrStore(Store):
         self._layouts = self.manifest.arrays()
         self._maps: OrderedDict[tuple[str, int], NDArray[Any]] = OrderedDict()
         self._checked: set[tuple[str, int]] = set()
-        self._offsets = self._whole("offsets") if self.manifest.ragged else None
-        self._check_offsets()
 
     def __len__(self) -> int:
         return self.manifest.examples
@@ -115,9 +115,10 @@ class ZarrStore(Store):
     def _chunk(self, path: str, chunk: int) -> NDArray[Any]:
         """One chunk as an array backed by a memory map; its checksum is verified at first touch in this process."""
         key = (path, chunk)
-        if key in self._maps:
-            self._maps.move_to_end(key)
-            return self._maps[key]
+        if (known := self._maps.get(key)) is not None:
+            with suppress(KeyError):  # another thread has just closed it; ours stays open
+                self._maps.move_to_end(key)
+            return known
         layout = self._layouts[path]
         name = f"{path}/{layout.chunk_key(chunk)}"
         stated = self._objects[name]
@@ -169,12 +170,15 @@ class ZarrStore(Store):
         wanted = _TORCH_DTYPES[self.manifest.dtype]
         return tensor.view(wanted) if wanted is torch.bfloat16 else tensor
 
-    def _check_offsets(self) -> None:
-        if self._offsets is None:
-            return
-        steps = np.diff(self._offsets)
-        if self._offsets[0] != 0 or self._offsets[-1] != self.manifest.rows or (steps <= 0).any():
+    @cached_property
+    def _offsets(self) -> NDArray[np.int64] | None:
+        """(N+1,) where each example begins, None if dense. Read at first use, so that damage here can be verified too."""
+        if not self.manifest.ragged:
+            return None
+        offsets = self._whole("offsets")
+        if offsets[0] != 0 or offsets[-1] != self.manifest.rows or (np.diff(offsets) <= 0).any():
             raise self._damaged("offsets", "they do not run from 0 to the number of rows")
+        return offsets
 
     def _damaged(self, name: str, reason: str) -> SidebenchError:
         return SidebenchError(

@@ -1,0 +1,330 @@
+"""LST against its formulas, written out in loops and in float64 (arXiv 2206.06522)."""
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+from runs import Case, random_states
+from torch import Tensor, nn
+
+from sidebench.adapters._base import Batch
+from sidebench.adapters.lst import LST, Config, Ladder, SideBlock, copy_pruned
+from sidebench.cache.backbone import Architecture, Backbone
+from sidebench.cache.block_weights import BackboneWeights, BlockWeights, read_weights
+from sidebench.cache.errors import SidebenchError
+
+Pair = tuple[Tensor, Tensor | None]
+PRE = Architecture(
+    "Toy",
+    "text",
+    blocks=2,
+    width=8,
+    prefix_tokens=0,
+    final_layer="norm",
+    heads=2,
+    mlp_width=12,
+    norm="pre",
+    activation="gelu",
+    layer_scale=True,
+)
+POST = dataclasses.replace(PRE, norm="post", layer_scale=False, final_layer="blocks.1", norm_eps=1e-12)
+WIDTHS = dict.fromkeys(PRE.states, 8)
+LENGTHS = (2, 4, 3)
+both_norms = pytest.mark.parametrize("arch", [PRE, POST], ids=["pre", "post"])
+
+
+def ladder(arch: Architecture, reduction: int = 2) -> Ladder:
+    """In float64, every parameter moved, so that every term shows."""
+    torch.manual_seed(0)
+    body = Ladder(arch, WIDTHS, reduction, 0.1).double()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in body.named_parameters():
+            size = 0.05 if name == "alpha" else 0.4
+            parameter += size * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return body
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return torch.stack([torch.stack([(row * v).sum() for row in layer.weight]) + layer.bias for v in x])
+
+
+def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    rows = []
+    for v in x:
+        mean = v.sum() / len(v)
+        variance = ((v - mean) ** 2).sum() / len(v)
+        rows.append((v - mean) / torch.sqrt(variance + norm.eps) * norm.weight + norm.bias)
+    return torch.stack(rows)
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def attention(block: SideBlock, x: Tensor, heads: int) -> Tensor:
+    """x: the (real, S) tokens of one example."""
+    q, k, v = linear(block.query, x), linear(block.key, x), linear(block.value, x)
+    size = x.shape[1] // heads
+    rows = []
+    for i in range(len(x)):
+        parts = []
+        for head in range(heads):
+            part = slice(head * size, (head + 1) * size)
+            scores = torch.stack([(q[i, part] * k[j, part]).sum() / math.sqrt(size) for j in range(len(x))])
+            weights = torch.exp(scores) / torch.exp(scores).sum()
+            parts.append(sum((w * v[j, part] for j, w in enumerate(weights)), torch.zeros(size, dtype=x.dtype)))
+        rows.append(torch.cat(parts))
+    return linear(block.out, torch.stack(rows))
+
+
+def naive_block(block: SideBlock, x: Tensor, arch: Architecture) -> Tensor:
+    assert arch.heads is not None
+    one = torch.ones(x.shape[1], dtype=x.dtype)
+    scale1, scale2 = (one if s is None else s for s in (block.scale1, block.scale2))
+
+    def mlp(y: Tensor) -> Tensor:
+        return linear(block.fc2, gelu(linear(block.fc1, y)))
+
+    if arch.norm == "pre":
+        x = x + scale1 * attention(block, layer_norm(block.norm1, x), arch.heads)
+        return x + scale2 * mlp(layer_norm(block.norm2, x))
+    x = layer_norm(block.norm1, x + scale1 * attention(block, x, arch.heads))
+    return layer_norm(block.norm2, x + scale2 * mlp(x))
+
+
+def naive(body: Ladder, states: list[Tensor], arch: Architecture) -> Tensor:
+    """One example's real tokens: the embeddings, then every block's output."""
+    side = linear(body.down[0], states[0])  # type: ignore[arg-type]
+    for i, block in enumerate(body.blocks):
+        mu = 1 / (1 + math.exp(-float(body.alpha[i].detach()) / 0.1))
+        step = linear(body.down[i + 1], states[i + 1])  # type: ignore[arg-type]
+        side = naive_block(block, mu * side + (1 - mu) * step, arch)  # type: ignore[arg-type]
+    return linear(body.up, layer_norm(body.norm, side))
+
+
+@both_norms
+def test_the_ladder_equals_the_formula_at_every_real_token(arch: Architecture) -> None:
+    body = ladder(arch)
+    batch = random_states(arch.states, WIDTHS, LENGTHS)
+    out = body(batch)
+    for row, real in enumerate(LENGTHS):
+        expected = naive(body, [batch.state(s)[row, :real] for s in arch.states], arch)
+        torch.testing.assert_close(out[row, :real], expected, atol=1e-9, rtol=1e-9)
+
+
+@both_norms
+def test_the_gates_start_half_open(arch: Architecture) -> None:
+    body = Ladder(arch, WIDTHS, 2, 0.1)
+    assert torch.sigmoid(body.alpha / body.temperature).tolist() == [0.5, 0.5]
+    seen = inputs_of_blocks(body, batch := float_states(arch))
+    first = 0.5 * body.down[0](batch.state("embeddings")) + 0.5 * body.down[1](batch.state("blocks.0"))
+    torch.testing.assert_close(seen[0], first)
+
+
+def float_states(arch: Architecture, seed: int = 0) -> Batch:
+    exact = random_states(arch.states, WIDTHS, LENGTHS, seed=seed)
+    return Batch(exact.mask, {n: v.float() for n, v in exact.activations.items()})
+
+
+def inputs_of_blocks(body: Ladder, batch: Batch) -> list[Tensor]:
+    seen: list[Tensor] = []
+    hooks = [b.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for b in body.blocks]
+    body(batch)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@both_norms
+def test_a_high_alpha_closes_the_ladders(arch: Architecture) -> None:
+    body = ladder(arch)
+    nn.init.constant_(body.alpha, 100.0)
+    batch, other = (random_states(arch.states, WIDTHS, LENGTHS, seed=seed) for seed in (0, 1))
+    same_start = {**other.activations, "embeddings": batch.activations["embeddings"]}
+    torch.testing.assert_close(body(dataclasses.replace(other, activations=same_start)), body(batch))
+    assert not torch.allclose(body(other), body(batch))
+
+
+@both_norms
+def test_a_low_alpha_leaves_each_block_its_own_ladder(arch: Architecture) -> None:
+    body = ladder(arch)
+    nn.init.constant_(body.alpha, -100.0)
+    batch, other = (random_states(arch.states, WIDTHS, LENGTHS, seed=seed) for seed in (0, 1))
+    for seen, down, state in zip(inputs_of_blocks(body, batch), body.down[1:], arch.states[1:], strict=True):
+        torch.testing.assert_close(seen, down(batch.state(state)))
+    same_end = {**other.activations, "blocks.1": batch.activations["blocks.1"]}
+    torch.testing.assert_close(body(dataclasses.replace(other, activations=same_end)), body(batch))
+
+
+@pytest.mark.parametrize(
+    "arch", [PRE, POST, dataclasses.replace(PRE, layer_scale=False)], ids=["scaled", "post", "pre"]
+)
+@pytest.mark.parametrize("reduction", [1, 2, 4])
+def test_the_docstring_formula_counts_the_parameters(arch: Architecture, reduction: int) -> None:
+    number, d, s, f = arch.blocks, arch.width, arch.width // reduction, 12 // reduction
+    block = 4 * (s * s + s) + 2 * s * f + f + s + 4 * s + (2 * s if arch.layer_scale else 0)
+    formula = (number + 1) * (d * s + s) + number + number * block + 2 * s + s * d + d
+    assert sum(p.numel() for p in Ladder(arch, WIDTHS, reduction, 0.1).parameters()) == formula
+
+
+def test_the_projections_start_small_and_without_bias() -> None:
+    body = Ladder(dataclasses.replace(PRE, width=256), dict.fromkeys(PRE.states, 256), 2, 0.1)
+    for projection in (*body.down, body.up):
+        assert isinstance(projection, nn.Linear)
+        assert float(projection.weight.detach().std()) == pytest.approx(0.01, rel=0.05)
+        assert not projection.bias.any()
+
+
+# --- magnitude pruning -----------------------------------------------------------------------------------------------
+
+
+def drawn(*shape: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator)
+
+
+def weights_of(arch: Architecture) -> BackboneWeights:
+    generator = torch.Generator().manual_seed(3)
+    width, hidden = arch.width, arch.mlp_width
+    assert hidden is not None
+
+    def pair(rows: int, columns: int) -> Pair:
+        return drawn(rows, columns, generator=generator), drawn(rows, generator=generator)
+
+    def vector() -> Pair:
+        return drawn(width, generator=generator), drawn(width, generator=generator)
+
+    def block() -> BlockWeights:
+        square = [pair(width, width) for _ in range(4)]
+        scales = (drawn(width, generator=generator), drawn(width, generator=generator)) if arch.layer_scale else None
+        return BlockWeights(*square, pair(hidden, width), pair(width, hidden), vector(), vector(), scales)
+
+    blocks = tuple(block() for _ in range(arch.blocks))
+    return BackboneWeights(drawn(20, width, generator=generator), blocks, vector() if arch.norm == "pre" else None)
+
+
+def largest(importance: list[float], keep: int) -> list[int]:
+    ranked = sorted(range(len(importance)), key=lambda i: importance[i], reverse=True)
+    return sorted(ranked[:keep])
+
+
+def rows_to_keep(group: list[Tensor], columns: list[int], keep: int) -> list[int]:
+    """Importances |w| of a group multiplied entry by entry, summed over the columns that are left."""
+    importance = []
+    for row in range(len(group[0])):
+        importance.append(sum(math.prod(abs(float(m[row, c])) for m in group) for c in columns))
+    return largest(importance, keep)
+
+
+def picked(pair: Pair, rows: list[int], columns: list[int]) -> tuple[Tensor, Tensor]:
+    weight, bias = pair
+    assert bias is not None
+    return torch.tensor([[float(weight[r, c]) for c in columns] for r in rows]), bias[rows]
+
+
+@both_norms
+def test_magnitude_pruning_keeps_the_rows_and_columns_of_a_naive_walk(arch: Architecture) -> None:
+    weights = weights_of(arch)
+    body = Ladder(arch, WIDTHS, 2, 0.1)
+    copy_pruned(body, weights)
+    table = weights.embedding
+    kept = largest([sum(abs(float(v)) for v in table[:, c]) for c in range(8)], 4)
+    for block, source in zip(body.blocks, weights.blocks, strict=True):
+        assert isinstance(block, SideBlock)
+        entering = kept
+        attended = rows_to_keep([source.query[0], source.key[0], source.value[0]], entering, 4)
+        after_attention = rows_to_keep([source.out[0]], attended, 4)
+        inner = rows_to_keep([source.fc1[0]], after_attention, 6)
+        kept = rows_to_keep([source.fc2[0]], inner, 4)
+        for layer, pair, rows, columns in (
+            (block.query, source.query, attended, entering),
+            (block.key, source.key, attended, entering),
+            (block.value, source.value, attended, entering),
+            (block.out, source.out, after_attention, attended),
+            (block.fc1, source.fc1, inner, after_attention),
+            (block.fc2, source.fc2, kept, inner),
+        ):
+            weight, bias = picked(pair, rows, columns)
+            assert torch.equal(layer.weight, weight)
+            assert torch.equal(layer.bias, bias)
+        # A norm keeps what reaches it: the block's input and the attention's rows, or, behind the sums, those rows.
+        reaching = (entering, after_attention) if arch.norm == "pre" else (after_attention, kept)
+        for norm, pair, rows in zip((block.norm1, block.norm2), (source.norm1, source.norm2), reaching, strict=True):
+            assert torch.equal(norm.weight, pair[0][rows])
+            assert pair[1] is not None
+            assert torch.equal(norm.bias, pair[1][rows])
+        if source.scales is not None:
+            assert block.scale1 is not None
+            assert block.scale2 is not None
+            assert torch.equal(block.scale1, source.scales[0][after_attention])
+            assert torch.equal(block.scale2, source.scales[1][kept])
+    if weights.norm is not None:
+        assert torch.equal(body.norm.weight, weights.norm[0][kept])
+
+
+def test_pruning_leaves_ladders_and_gates_as_they_were() -> None:
+    torch.manual_seed(0)
+    random = Ladder(PRE, WIDTHS, 2, 0.1)
+    pruned = copy.deepcopy(random)
+    copy_pruned(pruned, weights_of(PRE))
+    for name in ("down.0.weight", "down.2.bias", "up.weight", "up.bias", "alpha"):
+        assert torch.equal(random.get_parameter(name), pruned.get_parameter(name))
+
+
+def test_a_block_that_is_no_plain_mlp_gets_a_sentence() -> None:
+    weights = weights_of(PRE)
+    gated = dataclasses.replace(
+        weights.blocks[0], fc2=(torch.randn(8, 6), torch.randn(8))
+    )  # SwiGLU halves what fc1 yields
+    with pytest.raises(SidebenchError, match=r"lst\.init=random"):
+        copy_pruned(Ladder(PRE, WIDTHS, 2, 0.1), dataclasses.replace(weights, blocks=(gated, weights.blocks[1])))
+
+
+def test_embeddings_of_another_width_get_a_sentence() -> None:
+    weights = dataclasses.replace(weights_of(PRE), embedding=torch.randn(20, 3))  # ELECTRA's table is narrower
+    with pytest.raises(SidebenchError, match=r"lst\.init=random"):
+        copy_pruned(Ladder(PRE, WIDTHS, 2, 0.1), weights)
+
+
+@pytest.mark.parametrize("family", ["bert", "vit", "dinov2", "clip_vision", "clip_text"])
+def test_every_family_can_be_pruned(family: str, request: pytest.FixtureRequest) -> None:
+    backbone: Backbone = request.getfixturevalue(f"tiny_{family}")
+    body = LST(Config(reduction=2)).build(
+        backbone.arch, dict.fromkeys(backbone.arch.states, 32), lambda: read_weights(backbone)
+    )
+    source = {float(v) for p in backbone.module.parameters() for v in p.flatten()}
+    block = body.get_submodule("blocks.0")
+    assert {float(v) for p in block.parameters() for v in p.detach().flatten()} <= source
+    assert block.get_parameter("query.weight").shape == (16, 16)
+    assert block.get_parameter("fc1.weight").shape == (32, 16)
+
+
+# --- what it reads ---------------------------------------------------------------------------------------------------
+
+
+def test_it_reads_raw_block_outputs_before_the_final_norm(tiny_vit: Backbone) -> None:
+    wanted = LST().layers(tiny_vit.arch)
+    assert wanted == ("embeddings", "blocks.0", "blocks.1")
+    pixels = tiny_vit.preprocess.dummy(tiny_vit.device)
+    pixels["pixel_values"] = torch.randn(pixels["pixel_values"].shape, generator=torch.Generator().manual_seed(0))
+    seen: list[Tensor] = []
+    hooks = [b.register_forward_hook(lambda _m, _a, out: seen.append(out)) for b in tiny_vit.blocks]
+    with torch.no_grad():
+        states = tiny_vit.capture(pixels, (*wanted, "norm"))
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(states["blocks.0"], seen[0])
+    assert torch.equal(states["blocks.1"], seen[1])
+    assert not torch.allclose(states["blocks.1"], states["norm"])
+    norm = tiny_vit.module.get_submodule(tiny_vit.tap_path("norm"))
+    torch.testing.assert_close(norm(states["blocks.1"].clone()), states["norm"].clone())
+
+
+@pytest.mark.parametrize(("width", "heads", "mlp_width"), [(36, 6, 30), (36, 6, 33), (64, 2, 12), (48, 12, 192)])
+def test_a_refusal_suggests_a_reduction_that_works(width: int, heads: int, mlp_width: int) -> None:
+    arch = dataclasses.replace(PRE, width=width, heads=heads, mlp_width=mlp_width)
+    refused = str(Case("lst").method().refusal(arch))
+    suggested = int(refused.rsplit("lst.reduction=", 1)[1])
+    assert Case("lst", (("reduction", str(suggested)),)).method().refusal(arch) is None

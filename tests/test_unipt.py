@@ -1,0 +1,256 @@
+"""UniPT against its formulas, written out in loops and in float64 (arXiv 2308.14316)."""
+
+import math
+
+import pytest
+import torch
+from runs import Exact, random_states
+from torch import Tensor, nn
+
+from sidebench.adapters.unipt import Config, SingleAnchor, TokenAnchor, UniPT, confidences, relu_l1, relu_l1_clamped
+from sidebench.cache.backbone import Architecture
+
+Rows = list[list[float]]
+STATES = ("embeddings", "blocks.0", "blocks.1", "blocks.2")
+WIDTHS = {"embeddings": 5, "blocks.0": 6, "blocks.1": 4, "blocks.2": 6, "norm": 6}
+LENGTHS = (2, 5, 3)
+
+
+def linear(layer: nn.Linear, x: list[float]) -> list[float]:
+    weight, bias = layer.weight.tolist(), layer.bias.tolist()
+    return [sum(w * v for w, v in zip(row, x, strict=True)) + b for row, b in zip(weight, bias, strict=True)]
+
+
+def layer_norm(norm: nn.LayerNorm, x: list[float]) -> list[float]:
+    mean = sum(x) / len(x)
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in x) / len(x) + norm.eps)
+    scale, shift = norm.weight.tolist(), norm.bias.tolist()
+    return [(v - mean) / deviation * s + b for v, s, b in zip(x, scale, shift, strict=True)]
+
+
+def relu(x: list[float]) -> list[float]:
+    return [max(v, 0.0) for v in x]
+
+
+def dot(a: list[float], b: list[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def mean_of(rows: Rows) -> list[float]:
+    return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+
+
+def softmax(x: list[float]) -> list[float]:
+    exps = [math.exp(v - max(x)) for v in x]
+    return [e / sum(exps) for e in exps]
+
+
+def weighted(weights: list[float], rows: Rows) -> list[float]:
+    return [dot(weights, list(column)) for column in zip(*rows, strict=True)]
+
+
+def added(a: list[float], b: list[float]) -> list[float]:
+    return [x + y for x, y in zip(a, b, strict=True)]
+
+
+def naive_tokens(body: TokenAnchor, states: dict[str, Rows], real: int) -> Rows:
+    """One example: H_0 … H_(L-1) of T rows, the first `real` of them tokens -> T rows of E."""
+    projected = []
+    for (project, norm), name in zip(body.down, body.states, strict=True):  # type: ignore[misc]
+        projected.append([layer_norm(norm, linear(project, row)) for row in states[name]])
+    *guides, anchor = projected
+    summary = mean_of(anchor[:real])
+    logits, results = [], []
+    for guide in guides:
+        pooled = mean_of(guide[:real])
+        logits.append(linear(body.gate, [a * t for a, t in zip(summary, pooled, strict=True)])[0])
+        rows = []
+        for i, query in enumerate(anchor):
+            scores = [max(dot(query, key), 0.0) if j < real else 0.0 for j, key in enumerate(guide)]
+            row = [s / (sum(scores) + 1e-8) + (1.0 if i == j else 0.0) for j, s in enumerate(scores)]
+            rows.append(weighted(row, guide))
+        results.append(rows)
+    alpha = softmax(logits)
+    out = []
+    for i, query in enumerate(anchor):
+        merged = weighted(alpha, [rows[i] for rows in results])
+        project, norm = body.project
+        assert isinstance(project, nn.Linear)
+        assert isinstance(norm, nn.LayerNorm)
+        out.append(linear(body.up, relu(added(query, layer_norm(norm, linear(project, merged))))))
+    return out
+
+
+def naive_single(body: SingleAnchor, states: dict[str, Rows], real: int) -> list[float]:
+    """One example -> E numbers: the final layer's summary token as the only query, every state a guide."""
+    position = real - 1 if body.last_real else 0
+    embedding = states[body.final][position]
+    anchor = linear(body.anchor, relu(embedding))
+    logits, results = [], []
+    for project, name in zip(body.down, body.states, strict=True):
+        assert isinstance(project, nn.Linear)
+        guide = [linear(project, relu(row)) for row in states[name]]
+        scores = [max(dot(anchor, key), 0.0) for key in guide[:real]]
+        total = max(sum(scores), 1e-6)
+        mixed = weighted([s / total for s in scores], guide[:real])
+        results.append(added(mixed, guide[position]))
+        logits.append(linear(body.gate, [a * t for a, t in zip(anchor, mean_of(guide[:real]), strict=True)])[0])
+    merged = weighted(softmax(logits), results)
+    return added(embedding, linear(body.up, relu(merged)))
+
+
+def shaken(body: nn.Module) -> nn.Module:
+    """In float64, with norms away from 1 and 0 so that every term shows."""
+    body.double()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in body.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return body
+
+
+def test_the_token_form_equals_the_formula() -> None:
+    torch.manual_seed(0)
+    body = TokenAnchor(STATES, WIDTHS, 4, 6)
+    shaken(body)
+    batch = random_states(STATES, WIDTHS, LENGTHS)
+    out = body(batch)
+    for row, real in enumerate(LENGTHS):
+        naive = naive_tokens(body, {n: batch.state(n)[row].tolist() for n in STATES}, real)
+        torch.testing.assert_close(out[row], torch.tensor(naive, dtype=torch.float64), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("last_real", [False, True])
+def test_the_single_anchor_form_equals_the_formula(last_real: bool) -> None:
+    torch.manual_seed(0)
+    body = SingleAnchor(STATES, "norm", WIDTHS, 4, last_real=last_real)
+    shaken(body)
+    batch = random_states((*STATES, "norm"), WIDTHS, LENGTHS)
+    out = body(batch)
+    assert out.shape == (3, 6)
+    for row, real in enumerate(LENGTHS):
+        naive = naive_single(body, {n: batch.state(n)[row].tolist() for n in (*STATES, "norm")}, real)
+        torch.testing.assert_close(out[row], torch.tensor(naive, dtype=torch.float64), atol=1e-6, rtol=1e-6)
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def thirteen(width: int) -> tuple[tuple[str, ...], dict[str, int]]:
+    states = ("embeddings", *(f"blocks.{i}" for i in range(12)))
+    return states, dict.fromkeys(states, width)
+
+
+def test_the_text_side_of_vse_has_5_921_281_parameters() -> None:
+    states, widths = thirteen(768)
+    assert count(TokenAnchor(states, widths, 512, 1024)) == 5_921_281
+
+
+@pytest.mark.parametrize(("width", "expected"), [(512, 3_940_353), (768, 5_644_289)], ids=["text", "image"])
+def test_clip4clip_has_as_many_parameters_as_published(width: int, expected: int) -> None:
+    states, widths = thirteen(width)
+    body = SingleAnchor(states, "projected", {**widths, "projected": 512}, 512, last_real=width == 512)
+    assert count(body) == expected
+
+
+def test_a_vit_b_with_a_head_of_100_classes_has_4_370_405_parameters() -> None:
+    _, widths = thirteen(768)
+    arch = Architecture("ViT-B", "image", blocks=12, width=768, prefix_tokens=1, final_layer="norm")
+    body = UniPT().build(arch, widths, lambda: pytest.fail("unipt starts from no backbone weights"))
+    assert count(body) + count(nn.Linear(body.width, 100)) == 4_370_405
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_the_docstring_formula_counts_the_parameters(single: bool) -> None:
+    states, d, m, e = STATES, 6, 4, 6
+    widths = {**dict.fromkeys(states, d), "norm": e}
+    number = len(states)
+    if single:
+        formula = number * (d * m + m) + (e * m + m) + (m + 1) + (m * e + e)
+        assert count(SingleAnchor(states, "norm", widths, m, last_real=False)) == formula
+    else:
+        formula = number * (d * m + m + 2 * m) + (m * m + m + 2 * m) + (m * e + e) + (m + 1)
+        assert count(TokenAnchor(states, widths, m, e)) == formula
+
+
+@pytest.mark.parametrize("normalise", [relu_l1, relu_l1_clamped])
+def test_rows_of_the_map_sum_to_zero_or_one(normalise: object) -> None:
+    scores = torch.randn(200, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = normalise(scores)  # type: ignore[operator]
+    dead = (scores <= 0).all(1)
+    assert dead.any()
+    assert (rows >= 0).all()
+    torch.testing.assert_close(rows.sum(1), (~dead).double(), atol=1e-5, rtol=0)
+    assert (rows[dead] == 0).all()
+
+
+def test_masked_keys_weigh_nothing() -> None:
+    torch.manual_seed(0)
+    for body in (TokenAnchor(STATES, WIDTHS, 4, 6), SingleAnchor(STATES, "norm", WIDTHS, 4, last_real=False)):
+        shaken(body)
+        batch = random_states((*STATES, "norm"), WIDTHS, LENGTHS)
+        hidden = ~batch.mask[..., None]
+        noisy = {n: v + 100 * hidden * torch.randn(v.shape, dtype=v.dtype) for n, v in batch.activations.items()}
+        other = Exact(batch.mask, noisy, {})
+        kept = batch.mask if body(batch).ndim == 3 else slice(None)
+        torch.testing.assert_close(body(other)[kept], body(batch)[kept], atol=1e-12, rtol=1e-12)
+
+
+def test_confidences_sum_to_one_per_example() -> None:
+    logits = [torch.randn(5, 1) for _ in range(4)]
+    alpha = confidences(logits)
+    assert alpha.shape == (5, 4)
+    torch.testing.assert_close(alpha.sum(1), torch.ones(5))
+    torch.testing.assert_close(alpha[2], torch.tensor(softmax([float(v[2]) for v in logits])))
+
+
+def test_guides_in_another_order_with_their_weights_change_nothing() -> None:
+    torch.manual_seed(0)
+    body = TokenAnchor(STATES, WIDTHS, 4, 6)
+    shaken(body)
+    order = [2, 0, 1, 3]  # the anchor stays last
+    names = tuple(STATES[i] for i in order)
+    other = TokenAnchor(names, WIDTHS, 4, 6).double()
+    other.load_state_dict({k: v for k, v in body.state_dict().items() if not k.startswith("down.")}, strict=False)
+    for place, index in enumerate(order):
+        other.down[place].load_state_dict(body.down[index].state_dict())
+    batch = random_states(STATES, WIDTHS, LENGTHS)
+    torch.testing.assert_close(other(batch), body(batch), atol=1e-12, rtol=1e-12)
+
+
+def test_the_gate_bias_cancels() -> None:
+    torch.manual_seed(0)
+    body = TokenAnchor(STATES, WIDTHS, 4, 6)
+    shaken(body)
+    batch = random_states(STATES, WIDTHS, LENGTHS)
+    out: Tensor = body(batch)
+    with torch.no_grad():
+        body.gate.bias += 3
+    torch.testing.assert_close(body(batch), out, atol=1e-12, rtol=1e-12)
+
+
+def test_no_gradient_reaches_the_states() -> None:
+    body = TokenAnchor(STATES, WIDTHS, 4, 6).double()
+    batch = random_states(STATES, WIDTHS, LENGTHS)
+    body(batch).sum().backward()
+    assert all(v.grad is None and not v.requires_grad for v in batch.activations.values())
+
+
+def test_the_single_anchor_reads_the_end_token_of_clip_texts_and_the_first_token_of_others() -> None:
+    def last_real(name: str) -> bool:
+        arch = Architecture(name, "text", blocks=2, width=8, prefix_tokens=0, final_layer="norm")
+        method = UniPT(Config(form="single_anchor"))
+        body = method.build(arch, dict.fromkeys(method.layers(arch), 8), lambda: pytest.fail("no weights needed"))
+        assert isinstance(body, SingleAnchor)
+        return body.last_real
+
+    assert last_real("CLIPTextModel")
+    assert not last_real("BertModel")
+    assert not last_real("CLIPVisionModel")
+
+
+def test_the_single_anchor_needs_a_summary_token() -> None:
+    patches_only = Architecture("Plain", "image", blocks=2, width=8, prefix_tokens=0, final_layer="norm", norm="pre")
+    assert UniPT().refusal(patches_only) is None
+    assert "class token" in str(UniPT(Config(form="single_anchor")).refusal(patches_only))
