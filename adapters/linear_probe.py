@@ -51,18 +51,21 @@ class LinearProbe(FittedMethod):
         """See FittedMethod. From the strongest L2 weight to the weakest, each started where the last one ended."""
         features, targets = train
         probe = Probe(features.double(), num_outputs)
-        best: tuple[float, float, dict[str, Tensor]] | None = None
+        best: tuple[tuple[float, float], float, dict[str, Tensor]] | None = None
         unconverged = []
         for l2 in self._grid():
             if not solve(probe, features.double(), targets, l2, self.config.max_iterations):
                 unconverged.append(l2)
             with torch.no_grad():
-                accuracy = float((probe(val[0]).argmax(1) == val[1]).double().mean())
-            if best is None or accuracy > best[0]:  # on a tie the stronger regularisation stays
-                best = (accuracy, l2, {k: v.clone() for k, v in probe.state_dict().items()})
+                logits = probe(val[0])
+                accuracy = float((logits.argmax(1) == val[1]).double().mean())
+                loss = float(nn.functional.cross_entropy(logits, val[1]))
+            # A small validation part has many ties in accuracy; its loss breaks them.
+            if best is None or (accuracy, -loss) > best[0]:
+                best = ((accuracy, -loss), l2, {k: v.clone() for k, v in probe.state_dict().items()})
         assert best is not None
         probe.load_state_dict(best[2])
-        return probe, {"l2": best[1], "val_score": best[0], "unconverged_l2": unconverged}
+        return probe, {"l2": best[1], "val_score": best[0][0], "unconverged_l2": unconverged}
 
     def _grid(self) -> list[float]:
         low, high = (

@@ -116,6 +116,7 @@ class SideBlock(nn.Module):
         width, hidden = arch.width // reduction, arch.mlp_width // reduction
         self.heads = arch.heads
         self.pre_norm = arch.norm == "pre"
+        self.causal = arch.causal
         self.activation = ACTIVATIONS[arch.activation or "gelu"]
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
@@ -132,9 +133,12 @@ class SideBlock(nn.Module):
         return self.norm2(x + scaled(self.mlp(x), self.scale2))
 
     def attend(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Softmax attention over real keys."""
+        """Softmax attention over real keys, and earlier ones only where the backbone is causal."""
         q, k, v = (m(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (self.query, self.key, self.value))
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])  # (B, H, T, S/H)
+        seen = mask[:, None, None, :]
+        if self.causal:
+            seen = seen & torch.ones(seen.shape[-1:] * 2, dtype=torch.bool, device=x.device).tril()
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)  # (B, H, T, S/H)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def mlp(self, x: Tensor) -> Tensor:

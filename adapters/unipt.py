@@ -60,8 +60,8 @@ class UniPT(CachedMethod):
         """See CachedMethod."""
         side_width = arch.width // self.config.reduction
         if self._single:
-            last_real = arch.name.startswith("CLIPText")  # CLIP sums a text up in its end token, others in the first
-            return SingleAnchor(arch.states, arch.final_layer, widths, side_width, last_real=last_real)
+            # A causal text tower (CLIP) sums a text up in its end token, others in their first.
+            return SingleAnchor(arch.states, arch.final_layer, widths, side_width, last_real=arch.causal)
         return TokenAnchor(arch.states, widths, side_width, arch.width)
 
     @property

@@ -39,6 +39,7 @@ class Architecture:
     activation: str | None = None
     norm_eps: float = 1e-6
     layer_scale: bool = False
+    causal: bool = False  # a token attends to those before it only, so the last real token sums a text up
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -66,6 +67,7 @@ class Backbone:
         norm: Norm | None = None,
         heads: int | None = None,
         activation: str | None = None,
+        causal: bool = False,
         config_facts: Mapping[str, Any] | None = None,
         unloaded: Iterable[str] = (),
     ) -> None:
@@ -90,6 +92,7 @@ class Backbone:
             activation=activation,
             norm_eps=_norm_eps(self.blocks),
             layer_scale=any(n.endswith("layer_scale1") for n, _ in module.named_modules()),
+            causal=causal,
         )
 
     @property

@@ -29,6 +29,7 @@ MAX_LENGTH = 128  # tokens: enough for sentences, and stated in the digest
 # Which families normalise after the residual sum; all others here normalise before it.
 _POST_NORM = {"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "mpnet"}
 _PRE_NORM = {"vit", "deit", "dinov2", "dinov2_with_registers", "clip_vision_model", "clip_text_model", "vit_mae"}
+_CAUSAL = {"clip_text_model"}
 
 
 def load_backbone(
@@ -98,7 +99,8 @@ def _from_transformers(folder: str, tower: str | None, image_size: int | None, m
             f"{needed[0]}; they would be random. Is this the right folder?"
         )
     family: dict[str, Any] = {
-        "norm": _norm_of(config.model_type),
+        "norm": _norm_of(config),
+        "causal": config.model_type in _CAUSAL,
         "heads": getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None),
         "activation": getattr(config, "hidden_act", None),
         "config_facts": _config_facts(config),
@@ -147,10 +149,12 @@ def _check_vocabulary(folder: str, tokenizer: Any, embedded: int | None) -> None
         )
 
 
-def _norm_of(model_type: str) -> Norm | None:
-    if model_type in _POST_NORM:
+def _norm_of(config: Any) -> Norm | None:
+    if getattr(config, "use_swiglu_ffn", False):
+        return None  # DINOv2-giant's gated MLP is no block that a method here can copy
+    if config.model_type in _POST_NORM:
         return "post"
-    return "pre" if model_type in _PRE_NORM else None
+    return "pre" if config.model_type in _PRE_NORM else None
 
 
 def _config_facts(config: Any) -> dict[str, Any]:

@@ -328,3 +328,15 @@ def test_a_refusal_suggests_a_reduction_that_works(width: int, heads: int, mlp_w
     refused = str(Case("lst").method().refusal(arch))
     suggested = int(refused.rsplit("lst.reduction=", 1)[1])
     assert Case("lst", (("reduction", str(suggested)),)).method().refusal(arch) is None
+
+
+def test_the_ladder_of_a_causal_backbone_is_causal(tiny_clip_text: Backbone, tiny_bert: Backbone) -> None:
+    for backbone in (tiny_clip_text, tiny_bert):
+        widths = dict.fromkeys(backbone.arch.states, backbone.arch.width)
+        ladder = LST(Config(reduction=2, init="random")).build(backbone.arch, widths, lambda: pytest.fail("random"))
+        generator = torch.Generator().manual_seed(0)
+        states = {s: torch.randn(1, 5, backbone.arch.width, generator=generator) for s in backbone.arch.states}
+        changed = {s: torch.cat([v[:, :4], v[:, 4:] + 1], dim=1) for s, v in states.items()}
+        mask = torch.ones(1, 5, dtype=torch.bool)
+        same = torch.equal(ladder(Batch(mask, states))[:, :4], ladder(Batch(mask, changed))[:, :4])
+        assert same == backbone.arch.causal

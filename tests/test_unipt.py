@@ -237,17 +237,16 @@ def test_no_gradient_reaches_the_states() -> None:
     assert all(v.grad is None and not v.requires_grad for v in batch.activations.values())
 
 
-def test_the_single_anchor_reads_the_end_token_of_clip_texts_and_the_first_token_of_others() -> None:
-    def last_real(name: str) -> bool:
-        arch = Architecture(name, "text", blocks=2, width=8, prefix_tokens=0, final_layer="norm")
+def test_the_single_anchor_reads_the_end_token_of_causal_texts_and_the_first_token_of_others() -> None:
+    def last_real(causal: bool) -> bool:
+        arch = Architecture("Any", "text", blocks=2, width=8, prefix_tokens=0, final_layer="norm", causal=causal)
         method = UniPT(Config(form="single_anchor"))
         body = method.build(arch, dict.fromkeys(method.layers(arch), 8), lambda: pytest.fail("no weights needed"))
         assert isinstance(body, SingleAnchor)
         return body.last_real
 
-    assert last_real("CLIPTextModel")
-    assert not last_real("BertModel")
-    assert not last_real("CLIPVisionModel")
+    assert last_real(causal=True)
+    assert not last_real(causal=False)
 
 
 def test_the_single_anchor_needs_a_summary_token() -> None:
