@@ -54,6 +54,10 @@ class _Done(Exception):
 Sink = Callable[[str, Tensor], None]
 
 
+def _on_host(value: Tensor) -> Tensor:
+    return value.to("cpu", copy=True)
+
+
 class Backbone:
     """The frozen network, in eval mode, with named layers. `inputs` come from `preprocess`."""
 
@@ -176,11 +180,16 @@ class Backbone:
                 f"leave it out of --layers. Known: {', '.join(self.layers)}."
             )
 
-    def capture(self, inputs: Inputs, layers: Iterable[str]) -> dict[str, Tensor]:
-        """Activations (B, T, D) of `layers` on the host, no gradients; each leaves the device as it appears."""
+    def capture(
+        self, inputs: Inputs, layers: Iterable[str], keep: Callable[[Tensor], Tensor] = _on_host
+    ) -> dict[str, Tensor]:
+        """Activations (B, T, D) of `layers`, no gradients; each goes through `keep` (a copy on the host) as it appears.
+
+        So no two layers of a batch need to wait on the device, and what is not kept never crosses to the host.
+        """
         kept: dict[str, Tensor] = {}
         with torch.inference_mode():
-            self.run(inputs, layers, lambda layer, value: kept.__setitem__(layer, value.to("cpu", copy=True)))
+            self.run(inputs, layers, lambda layer, value: kept.__setitem__(layer, keep(value)))
         return kept
 
     def tokens(self, inputs: Inputs) -> Tensor:

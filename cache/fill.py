@@ -1,0 +1,182 @@
+"""The inner loop of a build: forward a canonical batch, keep its rows in storage dtype, hand them to the writer.
+
+Two cores, so three things overlap: the next batch is prepared, this one is computed, the last one is pooled and stored.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .errors import SidebenchError
+from .planning import TORCH_DTYPES, Plan
+from .writer import StoreWriter
+
+Progress = Callable[[int, int], None]
+
+
+def fill(planned: Plan, writer: StoreWriter, progress: Progress) -> float:
+    """Append everything that is not on disk yet; returns the seconds spent in forwards.
+
+    Raises SidebenchError for an activation that is not finite in the storage dtype, naming layer and example.
+    """
+    manifest, examples = planned.manifest, planned.examples
+    offsets = None if planned.lengths is None else np.concatenate([[0], np.cumsum(planned.lengths)])
+    for path, rows in (("targets", examples.targets), ("offsets", offsets)):
+        if rows is not None:
+            writer.append(path, rows.astype(np.int64))
+    size = int(manifest.forward["batch_size"])
+    missing = [writer.first_missing_row(f"layers/{layer}") for layer in manifest.layers]
+    first = min(_example_of(row, offsets) for row in missing) // size * size
+    pooled_first = min(writer.first_missing_row(f"pooled/{layer}") for layer in manifest.layers) // size * size
+    for layer in manifest.layers:
+        writer.seek(f"layers/{layer}", first if offsets is None else int(offsets[first]))
+        writer.seek(f"pooled/{layer}", min(pooled_first, first))
+    for start in range(pooled_first, first, size):
+        _pool_stored(planned, writer, start, min(start + size, first))
+    seconds = 0.0
+    progress(min(first, len(examples)), len(examples))
+    with ThreadPoolExecutor(1, "sidebench-store") as pool:
+        storing: Future[str | None] | None = None
+        stored_from = first
+        for start, prepared in _prepared_batches(planned, first, size):
+            begun = time.perf_counter()
+            kept = _forward(planned, prepared)
+            seconds += time.perf_counter() - begun
+            if storing is not None:  # at most one batch waits
+                _settle(planned, storing.result(), stored_from)
+            storing, stored_from = pool.submit(_store, planned, writer, kept, start, len(prepared)), start
+            progress(start + len(prepared), len(examples))
+        if storing is not None:
+            _settle(planned, storing.result(), stored_from)
+    return seconds
+
+
+def _forward(planned: Plan, prepared: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What is kept of each layer on the host: (B, T, D), or for text its real tokens (rows, D), in storage dtype."""
+    dtype = TORCH_DTYPES[planned.manifest.dtype]
+    inputs, mask = planned.backbone.preprocess.collate(prepared)
+    device = planned.backbone.device
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    where = None if mask is None else mask.to(device)
+
+    def keep(value: Tensor) -> Tensor:
+        # Cast and select on the device: half the bytes cross to the host, and no full copy waits there.
+        stored = value.to(dtype, copy=True)
+        return (stored if where is None else stored[where]).to("cpu")
+
+    return planned.backbone.capture(inputs, planned.manifest.layers, keep)
+
+
+def _store(planned: Plan, writer: StoreWriter, kept: Mapping[str, Tensor], start: int, examples: int) -> str | None:
+    """Append a batch; returns the layer that cannot be stored because a value is not finite, or None."""
+    lengths = None if planned.lengths is None else torch.from_numpy(planned.lengths[start : start + examples])
+    with torch.inference_mode():
+        for layer, rows in kept.items():
+            pooled = _pool(rows, lengths, planned.backbone.arch.prefix_tokens)
+            # A sum over tokens is finite only if all of them are, so the small tensor tells of the large one.
+            if not bool(torch.isfinite(pooled).all()) and not bool(torch.isfinite(rows).all()):
+                return layer
+            writer.append(f"layers/{layer}", _as_numpy(rows))
+            writer.append(f"pooled/{layer}", _as_numpy(pooled.to(rows.dtype)))
+    return None
+
+
+def _settle(planned: Plan, refused_layer: str | None, start: int) -> None:
+    """Raise for a batch that could not be stored: in this thread, since finding the example takes a forward."""
+    if refused_layer is not None:
+        raise _not_finite(planned, refused_layer, start)
+
+
+def _pool(rows: Tensor, lengths: Tensor | None, prefix_tokens: int) -> Tensor:
+    """(B, 2, D) in float32: the first token, and the mean over tokens that are no prefix, of what is STORED.
+
+    Of the stored values and not of the forward's, so that a resume can pool again without a forward.
+    """
+    if lengths is None:
+        tokens = rows.float()  # (B, T, D)
+        patches = tokens[:, prefix_tokens:] if tokens.shape[1] > prefix_tokens else tokens
+        # The prefix beyond the first token is in no mean; adding its zeroth part lets a NaN there show.
+        hidden = tokens[:, 1:prefix_tokens].sum(1) * 0
+        return torch.stack([tokens[:, 0], patches.mean(1) + hidden], 1)
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    total = torch.zeros((len(lengths), rows.shape[1])).index_add_(0, owner, rows.float())
+    firsts = rows[lengths.cumsum(0) - lengths].float()
+    return torch.stack([firsts, total / lengths[:, None]], 1)
+
+
+def _pool_stored(planned: Plan, writer: StoreWriter, start: int, stop: int) -> None:
+    """Pool one canonical batch from the chunks on disk: pooled chunks hold thousands of examples and come late."""
+    dtype = TORCH_DTYPES[planned.manifest.dtype]
+    lengths = None if planned.lengths is None else torch.from_numpy(planned.lengths[start:stop])
+    before = start if planned.lengths is None else int(planned.lengths[:start].sum())
+    count = stop - start if lengths is None else int(lengths.sum())
+    for layer in planned.manifest.layers:
+        rows = torch.from_numpy(writer.stored_rows(f"layers/{layer}", before, before + count)).view(dtype)
+        pooled = _pool(rows, lengths, planned.backbone.arch.prefix_tokens)
+        writer.append(f"pooled/{layer}", _as_numpy(pooled.to(dtype)))
+
+
+def _prepared_batches(planned: Plan, first: int, size: int) -> Iterator[tuple[int, Sequence[Tensor]]]:
+    """Canonical batches from example `first` on; the next one is prepared while the caller works on this one."""
+    starts = range(first, len(planned.examples), size)
+    with ThreadPoolExecutor(1, "sidebench-prepare") as pool:
+        ahead = pool.submit(_prepare, planned, starts[0]) if starts else None
+        for start, following in pairwise([*starts, None]):
+            assert ahead is not None
+            assert start is not None
+            batch = ahead.result()
+            ahead = pool.submit(_prepare, planned, following) if following is not None else None
+            yield start, batch
+
+
+def _prepare(planned: Plan, start: int) -> Sequence[Tensor]:
+    """The canonical batch that begins at example `start`."""
+    stop = min(start + int(planned.manifest.forward["batch_size"]), len(planned.examples))
+    if planned.prepared is not None:
+        return planned.prepared[start:stop]
+    return planned.backbone.preprocess.prepare([planned.examples.load(i) for i in range(start, stop)])
+
+
+def _example_of(row: int, offsets: NDArray[np.int64] | None) -> int:
+    """The example that a row of a layer belongs to."""
+    if offsets is None:
+        return row
+    return int(np.searchsorted(offsets, row, side="right")) - 1 if row < offsets[-1] else len(offsets) - 1
+
+
+def _not_finite(planned: Plan, layer: str, start: int) -> SidebenchError:
+    """Run the batch once more, uncast, to say which example and why."""
+    prepared = _prepare(planned, start)
+    inputs, mask = planned.backbone.preprocess.collate(prepared)
+    inputs = {name: value.to(planned.backbone.device) for name, value in inputs.items()}
+    value = planned.backbone.capture(inputs, [layer])[layer]
+    if mask is not None:
+        value = value.masked_fill(~mask[..., None], 0)
+    dtype = TORCH_DTYPES[planned.manifest.dtype]
+    bad = ~torch.isfinite(value.to(dtype))
+    row = int(bad.flatten(1).any(1).nonzero()[0])
+    where = f"layer {layer}, example {planned.examples.ids[start + row]!r}"
+    culprits = value[row][bad[row]]
+    if bool(torch.isfinite(culprits).all()):
+        return SidebenchError(
+            f"{where}: an activation of {float(culprits.abs().max()):.6g} does not fit into {planned.manifest.dtype} "
+            f"(at most {torch.finfo(dtype).max:.6g}). Build with --dtype bfloat16 or float32. "
+            "The chunks written so far are kept."
+        )
+    return SidebenchError(
+        f"{where}: the backbone yields NaN or infinity. Look at this example and at the weights; nothing that is not "
+        "finite is ever stored. The chunks written so far are kept."
+    )
+
+
+def _as_numpy(tensor: Tensor) -> NDArray[Any]:
+    if tensor.dtype is torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    return tensor.contiguous().numpy()
