@@ -1,6 +1,7 @@
 """The command line: parse, call one function, print. Nothing heavy is imported before a command needs it."""
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from .bench.progress import Display
     from .cache.build import CaptureOptions
 
-RESUME = "Interrupted. Everything finished is kept; the same command resumes."
-
 
 class Guarded(TyperGroup):
     """Turns refused input into a sentence and exit code 2, Ctrl-C into how to go on and 130."""
@@ -30,7 +29,8 @@ class Guarded(TyperGroup):
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
-            print(f"\n{RESUME}", file=sys.stderr)
+            again = shlex.join(["bench", *(word for word in sys.argv[1:] if word != "--fresh")])
+            print(f"\ninterrupted; everything finished is kept. To go on: {again}", file=sys.stderr)
             raise SystemExit(130) from None
 
 
@@ -60,6 +60,7 @@ SplitSeed = Annotated[int, typer.Option(min=0, help="Seed of the train/val/test 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:I.")]
 CacheDir = Annotated[Path | None, typer.Option(help="Where caches live. Default: SIDEBENCH_HOME/caches.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on stdout.")]
+Store = Annotated[str, typer.Argument(help="Digest of the cache, or its beginning, or its path.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No messages and no progress.")]
 
 
@@ -107,7 +108,7 @@ def cache_build(
 
 
 @cache_app.command("ls")
-def cache_ls(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
+def cache_ls(cache_dir: CacheDir = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """List the caches, complete or not."""
     from .cache.catalog import entries
 
@@ -133,7 +134,7 @@ def cache_ls(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
 
 
 @cache_app.command("info")
-def cache_info(store: str, cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
+def cache_info(store: Store, cache_dir: CacheDir = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Print the whole manifest of a cache, by digest (or its beginning) or path."""
     from .cache.catalog import locate, read_notes
     from .cache.manifest import read_manifest
@@ -152,16 +153,17 @@ def cache_info(store: str, cache_dir: CacheDir = None, as_json: AsJson = False) 
 
 
 @cache_app.command("verify")
-def cache_verify(store: str, cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
+def cache_verify(store: Store, cache_dir: CacheDir = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Read every object of a cache and compare it with the manifest; exit code 1 when something is bad."""
     from dataclasses import asdict
 
     from .cache.catalog import locate
-    from .cache.zarr_store import ZarrStore
+    from .cache.manifest import read_manifest
+    from .cache.zarr_store import verify
 
-    opened = ZarrStore(locate(store, _cache_dir(cache_dir)))
-    bad = opened.verify()
-    chunks = sum(layout.chunks for layout in opened.manifest.arrays().values())
+    folder = locate(store, _cache_dir(cache_dir))
+    bad = verify(folder)
+    chunks = sum(layout.chunks for layout in read_manifest(folder)[0].arrays().values())
     lines = [f"{b.layer} {b.chunk}: {b.reason}" for b in bad] or [f"all {chunks} chunks are as written"]
     _print({"ok": not bad, "chunks": chunks, "bad": [asdict(b) for b in bad]}, as_json, "\n".join(lines))
     if bad:
@@ -170,16 +172,17 @@ def cache_verify(store: str, cache_dir: CacheDir = None, as_json: AsJson = False
 
 @cache_app.command("rm")
 def cache_rm(
-    store: str,
+    store: Store,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     cache_dir: CacheDir = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Remove a cache, by digest (or its beginning) or path."""
     from .cache.catalog import locate, remove
 
     folder = locate(store, _cache_dir(cache_dir))
-    if not yes and not typer.confirm(f"Remove {folder}?", err=True):
+    if not yes and not _agreed(f"Remove {folder}?"):
         raise SidebenchError("nothing was removed; --yes removes without asking.")
     remove(folder)
     _print({"removed": str(folder)}, as_json, f"removed {folder}")
@@ -216,9 +219,8 @@ def compare(
 ) -> None:
     """Train and test methods on one backbone and task, and report accuracy, memory and time side by side."""
     from .bench.compare import Request, compare
-    from .bench.environment import environment
     from .bench.prepare import Inputs
-    from .bench.report import markdown, print_table, verdicts
+    from .bench.report import failures, markdown, print_table, skipped, verdicts
     from .bench.table import comparisons, document, rows
     from .cache.home import home
 
@@ -243,18 +245,19 @@ def compare(
             request, home=home(), cache_dir=_cache_dir(cache_dir), runs_dir=runs_dir, listener=display.listener()
         )
     table, compared, report = rows(outcome), comparisons(outcome), outcome.folder / "report.md"
-    report.write_text(markdown(outcome, table, compared, environment()), "utf-8")
+    report.write_text(markdown(outcome, table, compared), "utf-8")
     if as_json:
-        print(json.dumps(document(outcome, report), indent=1))
+        print(json.dumps(document(outcome, table, compared, report), indent=1))
     else:
         print_table(table)
-        print("\n".join([*verdicts(outcome, compared), f"report: {report}"]))
+        sentences = [*failures(table), *skipped(outcome), *verdicts(outcome, compared)]
+        print("\n".join([*sentences, f"report: {report}"]))
     if any(row["error"] for row in table):
         raise typer.Exit(1)
 
 
 @app.command()
-def methods(as_json: AsJson = False) -> None:
+def methods(as_json: AsJson = False, quiet: Quiet = False) -> None:
     """List the methods: kind, paper, and every option with its default."""
     from .adapters._registry import describe, known_methods
 
@@ -262,12 +265,12 @@ def methods(as_json: AsJson = False) -> None:
     lines = []
     for m in found:
         lines += [f"{m['name']} ({m['kind']}): {m['summary']}", f"  {m['paper']}"]
-        lines += [f"  {m['name']}.{key}={o['default']}  {o['help']}" for key, o in m["config"].items()]
+        lines += [f"  {m['name']}.{key}={str(o['default']).lower()}  {o['help']}" for key, o in m["config"].items()]
     _print(found, as_json, "\n".join(lines))
 
 
 @app.command()
-def backbones(as_json: AsJson = False) -> None:
+def backbones(as_json: AsJson = False, quiet: Quiet = False) -> None:
     """List the forms a backbone's name takes, and the samples."""
     from .cache.load import SCHEMES
     from .cache.samples import SAMPLES
@@ -282,7 +285,7 @@ def backbones(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def tasks(as_json: AsJson = False) -> None:
+def tasks(as_json: AsJson = False, quiet: Quiet = False) -> None:
     """List the forms a task's name takes, and the samples."""
     from dataclasses import asdict
 
@@ -293,7 +296,7 @@ def tasks(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def doctor(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
+def doctor(cache_dir: CacheDir = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Say what works on this machine and why the rest does not."""
     from .bench.doctor import examine
     from .cache.home import home
@@ -308,6 +311,11 @@ def _display(quiet: bool) -> "Iterator[Display]":
 
     with Display(quiet=quiet) as display:
         yield display
+
+
+def _agreed(question: str) -> bool:
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")  # nobody there to answer: an empty line
 
 
 def _print(document: Any, as_json: bool, text: str) -> None:
@@ -343,6 +351,6 @@ def _seeds(text: str) -> tuple[int, ...]:
         found = tuple(dict.fromkeys(int(seed) for seed in text.split(",")))
     except ValueError:
         raise SidebenchError(f"--seeds wants whole numbers with commas, e.g. 0,1,2; found {text!r}.") from None
-    if min(found) < 0:
-        raise SidebenchError(f"--seeds wants numbers of 0 or more; found {text!r}.")
+    if min(found) < 0 or max(found) >= 2**63:
+        raise SidebenchError(f"--seeds wants numbers from 0 to 2^63 - 1; found {text!r}.")
     return found

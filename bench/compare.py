@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..adapters._base import CachedMethod, FittedMethod, Method
 from ..adapters._registry import Named, find_method, known_methods
 from ..cache.backbone import Architecture
@@ -20,7 +22,8 @@ from ..cache.errors import SidebenchError, unknown
 from ..cache.manifest import canonical_json
 from .environment import environment
 from .prepare import Inputs, Prepared, Say, plan_store, prepare, resolve_device, store_for
-from .record import Job, RunRecord, read_record, write_json
+from .record import Job, RunRecord, read_predictions, read_record, write_json
+from .tasks.base import Split
 from .tasks.split import split as split_task
 from .worker import SPLIT, trial_path, write_split
 
@@ -80,20 +83,22 @@ def compare(
     named = [find_method(text) for text in _expanded(request.methods)]
     _check_settings(request.settings, named)
     configured = {n.text: n.configured(request.settings.get(n.key, {})) for n in named}
+    rates = {name: learning_rates(request.lr, method) for name, method in configured.items()}
     prepared = prepare(request.inputs, home=home, cache_dir=cache_dir, say=listener.say)
     parts = split_task(prepared.task, request.split_seed)
-    chosen, skipped = _accepted(configured, prepared.backbone.arch, asked_for_all="all" in request.methods)
+    chosen, skipped = _accepted(configured, prepared.backbone.arch, by_name=request.methods)
     planned = plan_store(prepared, request.capture)
-    built = _store(request, prepared, planned, chosen, listener)
     facts = _data_facts(planned)
     folder = runs_dir / _folder_name(request, facts)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_split(folder / SPLIT, parts)
+    _begin_folder(folder, parts)
+    built = _store(request, prepared, planned, chosen, listener)
     device = str(resolve_device(request.inputs.device, lambda _: None))
     jobs = {
-        name: [_job(request, name, method, seed, prepared, facts, built, device) for seed in request.seeds]
-        for name, method in chosen.items()
+        n.text: [_job(request, n, rates[n.text], seed, prepared, facts, built, device) for seed in request.seeds]
+        for n in named
+        if n.text in chosen
     }
+    score_name = prepared.task.score_name
     del prepared, planned  # the workers load what they need; this process need not hold a backbone meanwhile
     records: dict[str, list[RunRecord]] = {}
     files: list[Path] = []
@@ -111,7 +116,7 @@ def compare(
         files,
         skipped,
         parts.sizes(),
-        "accuracy",
+        score_name,
         None if built is None else _store_facts(built),
     )
 
@@ -130,12 +135,13 @@ def _check_settings(settings: Mapping[str, Mapping[str, str]], named: Sequence[N
 
 
 def _accepted(
-    configured: Mapping[str, Method], arch: Architecture, *, asked_for_all: bool
+    configured: Mapping[str, Method], arch: Architecture, *, by_name: Sequence[str]
 ) -> tuple[dict[str, Method], dict[str, str]]:
+    """Methods that can run and why the others cannot; one asked for by its name, not by "all", must."""
     skipped = {name: reason for name, m in configured.items() if (reason := m.refusal(arch)) is not None}
-    if skipped and not asked_for_all:
-        name, reason = next(iter(skipped.items()))
-        raise SidebenchError(f"{name} cannot run on {arch.name}: {reason}.")
+    for name, reason in skipped.items():
+        if name in by_name:
+            raise SidebenchError(f"{name} cannot run on {arch.name}: {reason}.")
     return {name: m for name, m in configured.items() if name not in skipped}, skipped
 
 
@@ -144,23 +150,31 @@ def _store(
 ) -> BuildResult | None:
     """The store that the cached methods of this comparison read; None when there are none."""
     arch = prepared.backbone.arch
-    wanted: set[str] = set()
+    wanted: list[str] = []
     for method in methods.values():
         if isinstance(method, CachedMethod):
-            wanted.update(method.layers(arch))
+            wanted += method.layers(arch)
         elif isinstance(method, FittedMethod):
-            wanted.add(arch.final_layer)
+            wanted.append(arch.final_layer)
     if not wanted:
         return None
-    ordered = tuple(layer for layer in prepared.backbone.layers if layer in wanted)
     return store_for(
         prepared,
         planned,
-        ordered,
+        tuple(dict.fromkeys(wanted)),
         may_build=request.may_build,
         progress=listener.build_progress,
         say=listener.say,
     )
+
+
+def _begin_folder(folder: Path, parts: Split) -> None:
+    """Before anything long: a folder that cannot be written is found out now."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_split(folder / SPLIT, parts)
+    except OSError as error:
+        raise SidebenchError(f"cannot write to {folder}: {error.strerror}. Choose another with --runs-dir.") from error
 
 
 def _data_facts(planned: Plan) -> dict[str, str]:
@@ -194,22 +208,24 @@ def _slug(uri: str) -> str:
 
 def _job(
     request: Request,
-    name: str,
-    method: Method,
+    named: Named,
+    lrs: tuple[float, ...],
     seed: int,
     prepared: Prepared,
     facts: Mapping[str, str],
     built: BuildResult | None,
     device: str,
 ) -> Job:
-    from_store = built is not None and method.kind == "cached"
-    data = {**facts, "store": built.manifest.digest} if from_store and built is not None else dict(facts)
+    store = built if named.cls.kind == "cached" else None
+    data = {**facts, "method": _code_sha256(named), "sidebench": __version__}
+    if store is not None:
+        data["store"] = store.manifest.digest
     inputs = request.inputs
     return Job(
-        method=name,
-        settings=dict(request.settings.get(find_method(name).key, {})),
+        method=named.text,
+        settings=dict(request.settings.get(named.key, {})),
         seed=seed,
-        kind=method.kind,
+        kind=named.cls.kind,
         backbone=inputs.backbone,
         task=inputs.task,
         image_size=inputs.image_size,
@@ -218,32 +234,41 @@ def _job(
         split_seed=request.split_seed,
         epochs=request.epochs,
         batch_size=request.batch_size,
-        lrs=learning_rates(request.lr, method),
+        lrs=lrs,
         precision=request.precision,
         device=device,
         data=data,
         num_outputs=len(prepared.task.classes),
         pooling=prepared.task.pooling,
-        store=str(built.folder.absolute()) if from_store and built is not None else None,
+        store=None if store is None else str(store.folder.absolute()),
     )
+
+
+def _code_sha256(named: Named) -> str:
+    """Hash of the method's file: once it is edited, its finished runs are those of another method."""
+    path = getattr(sys.modules[named.cls.__module__], "__file__", None)
+    return hashlib.sha256(Path(path).read_bytes() if path else b"").hexdigest()
 
 
 def learning_rates(lr: str | None, method: Method) -> tuple[float, ...]:
     """The rates a method tries: its default; three around it for "auto"; or those given."""
+    given = _typed_rates(lr) if lr not in (None, "auto") else ()
     default = getattr(method.config, "lr", None)
     if default is None:
         return (0.0,)  # solved, not stepped
-    if lr is None:
-        return (float(default),)
     if lr == "auto":
         return tuple(float(f"{default * factor:.3g}") for factor in AUTO_FACTORS)
+    return given or (float(default),)
+
+
+def _typed_rates(text: str) -> tuple[float, ...]:
     try:
-        rates = tuple(float(text) for text in lr.split(","))
+        rates = tuple(dict.fromkeys(float(rate) for rate in text.split(",")))
     except ValueError:
-        raise SidebenchError(f"--lr wants auto, a number, or numbers with commas; found {lr!r}.") from None
-    if not rates or any(not 0 < rate < float("inf") for rate in rates):
-        raise SidebenchError(f"--lr wants positive numbers; found {lr!r}.")
-    return tuple(dict.fromkeys(rates))
+        raise SidebenchError(f"--lr wants auto, a number, or numbers with commas; found {text!r}.") from None
+    if any(not 0 < rate < float("inf") for rate in rates):
+        raise SidebenchError(f"--lr wants positive numbers; found {text!r}.")
+    return rates
 
 
 def _with_chosen_lr(
@@ -251,11 +276,11 @@ def _with_chosen_lr(
 ) -> tuple[Sequence[Job], str | None]:
     """Jobs with one learning rate each: the one of best mean validation score over all seeds, never per seed.
 
-    With them the error of a trial that failed, or None.
+    A rate that diverged with any seed is out. With the jobs the error of a trial that failed, or None.
     """
     if len(jobs[0].lrs) == 1:
         return jobs, None
-    scores: dict[float, list[float]] = {lr: [] for lr in jobs[0].lrs}
+    scores: dict[float, list[float | None]] = {lr: [] for lr in jobs[0].lrs}
     for job in jobs:
         trials = [trial_path(folder, job, lr) for lr in job.lrs]
         if fresh or not all(path.exists() for path in trials):
@@ -263,27 +288,44 @@ def _with_chosen_lr(
             if error is not None:
                 return jobs, error
         for path, lr in zip(trials, job.lrs, strict=True):
-            scores[lr].append(float(json.loads(path.read_text("utf-8"))["val_score"]))
-    best = max(scores, key=lambda lr: statistics.mean(scores[lr]))
+            scores[lr].append(json.loads(path.read_text("utf-8"))["val_score"])
+    means = {lr: _mean(found) for lr, found in scores.items()}
+    finite = {lr: mean for lr, mean in means.items() if mean is not None}
+    if not finite:
+        return jobs, f"the loss is not finite at any learning rate of {', '.join(f'{lr:g}' for lr in scores)}."
+    best = max(finite, key=lambda lr: finite[lr])
     listener.say(
         f"{jobs[0].method}: learning rate {best:g} chosen on validation, mean over seeds "
-        + ", ".join(f"{lr:g}: {statistics.mean(values):.3f}" for lr, values in scores.items())
+        + ", ".join(f"{lr:g}: {'diverged' if mean is None else f'{mean:.3f}'}" for lr, mean in means.items())
     )
     return [dataclasses.replace(job, lrs=(best,)) for job in jobs], None
 
 
+def _mean(scores: Sequence[float | None]) -> float | None:
+    """None when one is."""
+    known = [score for score in scores if score is not None]
+    return statistics.mean(known) if len(known) == len(scores) else None
+
+
 def _run(job: Job, folder: Path, fresh: bool, listener: Listener) -> RunRecord:
     path = folder / f"{job.stem}.json"
-    if path.exists() and not fresh:
-        try:
-            record = read_record(path)
-        except SidebenchError:
-            record = None  # damaged: run it again
-        if record is not None and record.error is None:
-            listener.run_event(job, {"event": "reused"})
-            return record
+    if not fresh and (record := _finished(path)) is not None:
+        listener.run_event(job, {"event": "reused"})
+        return record
     error = _spawn(job, folder, listener)
     return read_record(path) if error is None else _failed(job, error, folder)
+
+
+def _finished(path: Path) -> RunRecord | None:
+    """The record of a run that is whole; one that failed or was damaged since is run again."""
+    if not path.exists():
+        return None
+    try:
+        record = read_record(path)
+        read_predictions(path.with_suffix(".npz"))
+    except SidebenchError:
+        return None
+    return record if record.error is None and record.measured is not None else None
 
 
 def _spawn(job: Job, folder: Path, listener: Listener) -> str | None:
@@ -308,17 +350,21 @@ def _spawn(job: Job, folder: Path, listener: Listener) -> str | None:
         finally:
             process.kill()  # after Ctrl-C; a process that has ended does not mind
             process.wait()
-    job_path.unlink(missing_ok=True)
+            job_path.unlink(missing_ok=True)
     if code == 0:
         log_path.unlink(missing_ok=True)
         return None
     if message is None:
         lines = log_path.read_text("utf-8", "replace").strip().splitlines()
         last = lines[-1] if lines else "no message"
-        death = f"killed by signal {-code} (9 is often: out of memory)" if code < 0 else last
-        message = f"{death}; see {log_path}"
+        message = f"{_death(-code) if code < 0 else last}; see {log_path}"
     listener.run_event(job, {"event": "failed", "message": message})
     return message
+
+
+def _death(number: int) -> str:
+    why = " (often for want of memory)" if number == signal.SIGKILL else ""
+    return f"killed by {signal.Signals(number).name}{why}"
 
 
 def _event_of(line: str) -> dict[str, Any]:

@@ -115,5 +115,5 @@ def longest_batch(examples: Index, lengths: Index, batch_size: int) -> Index:
     With the shortest one in it a text batch holds a padded row, so that no attention kernel is spared its mask.
     """
     order = examples[np.argsort(lengths[examples], kind="stable")]
-    size = min(batch_size, len(order))
-    return np.concatenate([order[:1], order[len(order) - size + 1 :]])
+    longest = order[-batch_size:]
+    return longest if len(longest) == 1 else np.concatenate([order[:1], longest[1:]])

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ class Job:
     split_seed: int
     epochs: int
     batch_size: int
-    lrs: tuple[float, ...]  # one: train and test; several: trials whose states wait for the choice
+    lrs: tuple[float, ...]  # one: train and test; several: trials, which see validation only
     precision: str
     device: str
     data: Mapping[str, str]  # hashes of dataset, weights and (cached) store: a changed world is another job
@@ -114,5 +115,5 @@ def read_predictions(path: Path) -> tuple[NDArray[np.float32], NDArray[np.int64]
     try:
         with np.load(path, allow_pickle=False) as found:
             return found["logits"], found["targets"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise SidebenchError(f"the predictions {path} cannot be read: {error}.") from None

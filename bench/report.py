@@ -1,5 +1,6 @@
 """The Markdown report and the terminal's table: a pure function of the records, every unit named."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,6 +8,8 @@ from .compare import Outcome
 from .table import Compared
 
 Row = Mapping[str, Any]
+# What Markdown (with GitHub's tables and formulas) reads as markup; an underscore inside a word is none.
+_SPECIAL = re.compile(r"[\\`*|~$\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 _MIB = 2**20
 
 COLUMNS = (
@@ -42,6 +45,16 @@ def cells(row: Row) -> list[str]:
     ]
 
 
+def failures(rows: Sequence[Row]) -> list[str]:
+    """A sentence per method of which a run failed."""
+    return [f"{row['method']} failed: {row['error']}" for row in rows if row["error"]]
+
+
+def skipped(outcome: Outcome) -> list[str]:
+    """A sentence per method that was left out of "all"."""
+    return [f"{method} is left out: {reason}" for method, reason in outcome.skipped.items()]
+
+
 def verdicts(outcome: Outcome, compared: Sequence[Compared]) -> list[str]:
     """A sentence per method against the reference."""
     return [
@@ -53,7 +66,7 @@ def verdicts(outcome: Outcome, compared: Sequence[Compared]) -> list[str]:
     ]
 
 
-def markdown(outcome: Outcome, rows: Sequence[Row], compared: Sequence[Compared], world: Mapping[str, Any]) -> str:
+def markdown(outcome: Outcome, rows: Sequence[Row], compared: Sequence[Compared]) -> str:
     """The whole report."""
     parts = [
         f"# {_text(outcome.request.inputs.backbone)} on {_text(outcome.request.inputs.task)}",
@@ -62,17 +75,15 @@ def markdown(outcome: Outcome, rows: Sequence[Row], compared: Sequence[Compared]
         _table(COLUMNS, [cells(row) for row in rows]),
         _legend(),
     ]
-    failures = [f"- `{_text(row['method'])}`: {_text(row['error'])}" for row in rows if row["error"]]
-    skipped = [f"- `{_text(m)}`: {_text(reason)}" for m, reason in outcome.skipped.items()]
-    for title, lines in (("## Failed", failures), ("## Skipped", skipped)):
+    for title, lines in (("## Failed", failures(rows)), ("## Skipped", skipped(outcome))):
         if lines:
-            parts += [title, "\n".join(lines)]
+            parts += [title, _list(lines)]
     if compared:
-        parts += ["## Paired comparisons", "\n".join(f"- {_text(line)}" for line in verdicts(outcome, compared))]
+        parts += ["## Paired comparisons", _list(verdicts(outcome, compared))]
     parts += ["## Memory by category at the tracked peak", _memory(rows)]
     if outcome.store:
         parts += ["## Activation cache", _cache(outcome.store)]
-    parts += ["## Learning rates", _rates(outcome, rows), "## World", _world(world)]
+    parts += ["## Learning rates", _rates(outcome, rows), "## World", _world(outcome)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -84,20 +95,31 @@ def _protocol(outcome: Outcome) -> str:
         + (f", limited to {request.inputs.limit} examples" if request.inputs.limit else "")
         + f"); seeds {', '.join(map(str, request.seeds))}; {request.epochs} epochs, batch size {request.batch_size}, "
         f"{request.precision}. AdamW with 10 % linear warm-up and cosine decay; the epoch is selected on validation, "
-        "the test part is read once at the end. linear_probe is solved to convergence instead. Every method sees the "
-        "same examples in the same order. The backbone's dropout is off and there is no augmentation, for all methods "
+        "the test part is read once at the end. linear_probe is solved instead, its L2 weight chosen on validation"
+        f"{_unconverged(outcome)}. Every method sees the same examples in the same order. The backbone's dropout is "
+        "off and there is no augmentation, for all methods "
         "alike; published recipes of live methods often use both."
     )
+
+
+def _unconverged(outcome: Outcome) -> str:
+    """A chosen L2 weight whose solution was not reached is said, not hidden."""
+    measured = [record.measured for records in outcome.records.values() for record in records if record.measured]
+    short = sum(m.get("l2") is not None and m["l2"] in m.get("unconverged_l2", ()) for m in measured)
+    return f" (in {short} runs the solver did not converge at the L2 weight chosen)" if short else ""
 
 
 def _legend() -> str:
     return (
         "Tracked peak: exact bytes of live tensors in one training step on the longest batch, steady state; includes "
-        "weights, gradients, optimizer and batch. Device peak: CUDA's max_memory_allocated. Host growth: sampled "
+        "weights, gradients, optimizer and batch (linear_probe: its solver with a full history, an upper bound). "
+        "Device peak: CUDA's max_memory_allocated. Host growth: sampled "
         "anonymous resident memory above its level before the step, so weights are not in it; corroboration, not a "
         "result. These are different kinds of figure; compare within a column. Train s and examples/s leave evaluation "
-        "out and, for cached methods, the one-off build of the cache (below). 95 % over seeds: Student t. 95 % over "
-        "test examples: percentile bootstrap of the seed-averaged score."
+        "out and, for cached methods, the one-off build of the cache (below). 95 % over seeds: Student t; of width "
+        "zero it says only that all seeds scored alike, and linear_probe does not depend on the seed. 95 % over test "
+        "examples: percentile bootstrap of the seed-averaged score. Examples/s of linear_probe: its training examples "
+        "over the whole solution, which passes over them many times."
     )
 
 
@@ -125,12 +147,22 @@ def _rates(outcome: Outcome, rows: Sequence[Row]) -> str:
         None: "each method's default, whose source `bench methods` names",
         "auto": "chosen on validation, mean over seeds, from 0.3, 1 and 3 times each method's default",
     }.get(outcome.request.lr, f"chosen on validation, mean over seeds, from {outcome.request.lr}")
-    used = ", ".join(f"`{_text(row['method'])}` {row['lr']:g}" for row in rows if row["lr"])
+    used = ", ".join(f"{_text(row['method'])} {row['lr']:g}" for row in rows if row["lr"])
     return f"{how[0].upper()}{how[1:]}: {used or 'none used'}."
 
 
-def _world(world: Mapping[str, Any]) -> str:
-    return "\n".join(f"- {_text(key)}: {_text(value)}" for key, value in sorted(world.items()))
+def _world(outcome: Outcome) -> str:
+    """What the records say, not what is true now: a reused run may come from another version or machine."""
+    worlds = [record.world for records in outcome.records.values() for record in records]
+    lines = []
+    for name in sorted({name for world in worlds for name in world}):
+        found = list(dict.fromkeys(str(world.get(name)) for world in worlds))
+        lines.append(f"{name}: {found[0]}" if len(found) == 1 else f"{name} differs between runs: {' / '.join(found)}")
+    return _list(lines)
+
+
+def _list(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {_text(line)}" for line in lines)
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -148,8 +180,8 @@ def _line(row: Sequence[str]) -> str:
 
 def _text(value: Any) -> str:
     """Names and messages are untrusted: nothing in them may become markup or break a table."""
-    escaped = str(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return escaped.replace("|", "\\|").replace("`", "'").replace("\n", " ").replace("[", "\\[")
+    escaped = _SPECIAL.sub(r"\\\g<0>", " ".join(str(value).split()))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _mib(count: int | None) -> str:
@@ -165,10 +197,11 @@ def print_table(rows: Sequence[Row]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(*COLUMNS, box=box.SIMPLE)
     for row in rows:
-        table.add_row(*(cell.replace("[", "\\[") for cell in cells(row)))
+        table.add_row(*map(Text, cells(row)))  # a name is text, never rich's markup
     console = Console()
     console = console if console.is_terminal else Console(width=220)
     console.print(table)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .compare import Outcome
 from .record import RunRecord, read_predictions
-from .stats import bootstrap_interval, holm, paired_test, t_interval
+from .stats import bootstrap_interval, holm, paired_test, t_interval, verdict_of
 from .training import correct
 
 REFERENCE = "linear_probe"  # what every method is tested against, where it was run: the bar to beat
@@ -49,16 +49,18 @@ def comparisons(outcome: Outcome) -> list[Compared]:
     adjusted = holm([result.p_value for result in results])
     found = []
     for method, result, p in zip(others, results, adjusted, strict=True):
-        verdict = result.verdict if p < 0.05 else "no difference shown"
+        verdict = verdict_of(result.difference, float(p))
         found.append(Compared(method, reference, result.difference, result.interval, result.p_value, float(p), verdict))
     return found
 
 
-def document(outcome: Outcome, report: Path) -> dict[str, Any]:
+def document(
+    outcome: Outcome, table: Sequence[Mapping[str, Any]], compared: Sequence[Compared], report: Path
+) -> dict[str, Any]:
     """What `bench compare --json` prints."""
     return {
-        "table": rows(outcome),
-        "comparisons": [asdict(compared) for compared in comparisons(outcome)],
+        "table": list(table),
+        "comparisons": [asdict(comparison) for comparison in compared],
         "skipped": [{"method": method, "reason": reason} for method, reason in outcome.skipped.items()],
         "examples": dict(outcome.sizes),
         "cache": None if outcome.store is None else dict(outcome.store),

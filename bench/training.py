@@ -20,6 +20,10 @@ from .learner import Learner, Source
 WARM_UP = 0.1  # share of the steps in which the learning rate rises linearly; the same for every method
 
 
+class Diverged(SidebenchError):
+    """Training left the finite numbers: of several learning rates this one is out, a single one fails the run."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a run trains; equal for all methods but for the learning rate and weight decay."""
@@ -36,7 +40,7 @@ class Settings:
 class Trained:
     """The outcome of a training: the best state on validation and what it took."""
 
-    state: dict[str, Tensor]  # trained tensors on the host, of the best epoch
+    state: dict[str, Tensor]  # of the best epoch, as `snapshot` takes it
     best_epoch: int
     val_score: float
     train_seconds: float
@@ -55,7 +59,7 @@ def train(
 ) -> Trained:
     """Train and keep the epoch that is best on validation (the earliest of equals).
 
-    targets: (N,) class indices of all examples. Raises SidebenchError when the loss is not finite.
+    targets: (N,) class indices of all examples. Raises Diverged when the loss is not finite.
     """
     optimizer = make_optimizer(learner, settings)
     steps = settings.epochs * math.ceil(len(train_index) / settings.batch_size)
@@ -78,13 +82,13 @@ def train(
         losses.append(float(total) / len(train_index))  # also waits for the device
         train_seconds += time.perf_counter() - begun
         if not math.isfinite(losses[-1]):
-            raise SidebenchError(
+            raise Diverged(
                 f"the loss is {losses[-1]} in epoch {epoch + 1} at learning rate {settings.lr:g}; try a smaller --lr."
             )
         score = accuracy(predict(learner, source, val_index, settings), targets[val_index])
         progress({"epoch": epoch + 1, "epochs": settings.epochs, "loss": losses[-1], "val_score": score})
         if best is None or score > best[0]:
-            best = (score, epoch, {name: p.detach().to("cpu", copy=True) for name, p in trained(learner).items()})
+            best = (score, epoch, snapshot(learner))
     assert best is not None
     speed = len(train_index) * settings.epochs / train_seconds
     return Trained(best[2], best[1], best[0], train_seconds, speed, losses)
@@ -115,8 +119,13 @@ def predict(learner: Learner, source: Source, index: Index, settings: Settings) 
     return torch.cat(rows)
 
 
+def snapshot(learner: nn.Module) -> dict[str, Tensor]:
+    """Copies of the trained tensors, on the host: on the device they would count as memory of the method."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in trained(learner).items()}
+
+
 def load_trained(learner: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put trained tensors back, in place."""
+    """Put a snapshot back, in place."""
     with torch.no_grad():
         for name, parameter in trained(learner).items():
             parameter.copy_(state[name])

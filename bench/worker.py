@@ -30,7 +30,7 @@ from .learner import CachedSource, Learner, LiveSource, Source, longest_batch
 from .measure import Memory, measure_fit, measure_training
 from .record import Cost, Job, RunRecord, write_json, write_predictions
 from .tasks.base import Pooling, Split
-from .training import Settings, accuracy, load_trained, predict, train
+from .training import Diverged, Settings, accuracy, load_trained, predict, snapshot, train
 
 SPLIT = "split.npz"
 
@@ -62,17 +62,24 @@ def run(job: Job, folder: Path) -> None:
     batch = next(iter(source.batches([index])))
     memory = measure_training(learner, batch, targets[torch.from_numpy(index)], settings, device_meter)
     del batch
-    start = {name: p.detach().clone() for name, p in trained(learner).items()}
+    start = snapshot(learner)
     for lr in job.lrs:
         load_trained(learner, start)  # every learning rate starts at the same point
         settings = _settings(job, method, lr)
-        found = train(learner, source, targets, split.train, split.val, settings, lambda event: emit("epoch", **event))
-        load_trained(learner, {name: value.to(device) for name, value in found.state.items()})
+        try:
+            with seeded(job.seed):  # a method that draws while it trains (dropout) draws the same for every rate
+                found = train(learner, source, targets, split.train, split.val, settings, _tell_epoch)
+        except Diverged as error:
+            if len(job.lrs) == 1:
+                raise
+            write_json(trial_path(folder, job, lr), {"lr": lr, "val_score": None, "reason": str(error)})
+            continue
         if len(job.lrs) > 1:
             write_json(trial_path(folder, job, lr), {"lr": lr, "val_score": found.val_score})
             continue
+        load_trained(learner, found.state)
         begun = time.perf_counter()
-        logits = predict(learner, source, split.test, settings)
+        logits = predict(learner, source, split.test, settings).cpu()  # which waits for the device
         eval_seconds = time.perf_counter() - begun
         cost = _cost(learner, learner.head, memory, found.train_seconds, eval_seconds, found.examples_per_second)
         chosen = {"lr": lr, "best_epoch": found.best_epoch + 1, "val_score": found.val_score, "losses": found.losses}
@@ -82,7 +89,7 @@ def run(job: Job, folder: Path) -> None:
 
 def trial_path(folder: Path, job: Job, lr: float) -> Path:
     """Where a learning-rate trial leaves its validation score."""
-    return folder / "trials" / f"{job.stem}-lr{lr:g}.json"
+    return folder / "trials" / f"{job.stem}-lr{lr!r}.json"
 
 
 def _assemble(job: Job, method: Method, device: torch.device) -> tuple[Learner, Source, tuple[str, ...], Index]:
@@ -131,7 +138,7 @@ def _run_fitted(job: Job, method: FittedMethod, split: Split, device_meter: Devi
     train_seconds = time.perf_counter() - begun
     begun = time.perf_counter()
     with torch.inference_mode():
-        logits = module(part(split.test)[0]).float()
+        logits = module(part(split.test)[0]).float().cpu()
     eval_seconds = time.perf_counter() - begun
     emit("epoch", epoch=1, epochs=1, val_score=chosen["val_score"])
     cost = _cost(module, module, memory, train_seconds, eval_seconds, len(split.train) / train_seconds)
@@ -165,9 +172,8 @@ def _write(
     chosen: Mapping[str, Any],
 ) -> None:
     """Predictions first, the record last: a record means that the run is whole."""
-    rows = logits.cpu()
-    score = accuracy(rows, torch.from_numpy(targets[test]))
-    write_predictions(folder / f"{job.stem}.npz", tuple(ids[i] for i in test), rows.numpy(), targets[test])
+    score = accuracy(logits, torch.from_numpy(targets[test]))
+    write_predictions(folder / f"{job.stem}.npz", tuple(ids[i] for i in test), logits.numpy(), targets[test])
     asked = {**asdict(job), "config": config_facts(method)}
     measured = {"score": score, **asdict(cost), **chosen}
     write_json(folder / f"{job.stem}.json", asdict(RunRecord(asked, measured, environment())))
@@ -212,6 +218,10 @@ def read_split(path: Path) -> Split:
     """Read what `write_split` wrote."""
     with np.load(path, allow_pickle=False) as found:
         return Split(found["train"], found["val"], found["test"])
+
+
+def _tell_epoch(event: Mapping[str, float]) -> None:
+    emit("epoch", **event)
 
 
 def emit(event: str, **values: Any) -> None:

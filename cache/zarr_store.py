@@ -5,7 +5,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from .errors import SidebenchError
 from .layout import CHECKSUM_BYTES, checksum, trailer
-from .manifest import read_manifest
+from .manifest import StoredObject, read_manifest
 from .store import Activations, Index, Store, check_index, require_layers
 
 _OPEN_MAPS = 512  # one map per chunk of a large store would pass the kernel's limit
@@ -43,6 +42,8 @@ class ZarrStore(Store):
         self._layouts = self.manifest.arrays()
         self._maps: OrderedDict[tuple[str, int], NDArray[Any]] = OrderedDict()
         self._checked: set[tuple[str, int]] = set()
+        self._offsets = self._whole("offsets") if self.manifest.ragged else None
+        self._check_offsets()
 
     def __len__(self) -> int:
         return self.manifest.examples
@@ -55,7 +56,7 @@ class ZarrStore(Store):
     @property
     def ids(self) -> tuple[str, ...]:
         """Example ids in task order."""
-        if problem := self._object_problem("ids.json"):
+        if problem := _object_problem(self.folder, "ids.json", self._objects["ids.json"]):
             raise self._damaged("ids.json", problem)
         ids = json.loads((self.folder / "ids.json").read_text("ascii"))
         if len(ids) != len(self):
@@ -86,31 +87,8 @@ class ZarrStore(Store):
         return Activations(found, torch.arange(int(lengths.max())) < torch.from_numpy(lengths)[:, None])
 
     def verify(self) -> list[BadChunk]:
-        """Read every object of the store and compare it with the manifest; extra and missing ones are bad too."""
-        bad = [_bad(key, reason) for key in sorted(self._objects) if (reason := self._object_problem(key))]
-        known = {*self._objects, "manifest.json", "notes.json"}
-        for path in sorted(p for p in self.folder.rglob("*") if p.is_file() or p.is_symlink()):
-            if (key := path.relative_to(self.folder).as_posix()) not in known:
-                bad.append(_bad(key, "not part of this store"))
-        return bad
-
-    def _object_problem(self, key: str) -> str | None:
-        stated, target = self._objects[key], self.folder / key
-        if not target.is_file():
-            return "missing"
-        try:
-            data = np.fromfile(target, dtype=np.uint8)
-        except OSError as error:
-            return f"unreadable: {error.strerror}"
-        if len(data) != stated.bytes:
-            return f"has {len(data)} bytes, wanted {stated.bytes}"
-        is_chunk = "/c/" in key
-        payload = data[:-CHECKSUM_BYTES] if is_chunk else data
-        if checksum(payload) != stated.crc32c:
-            return "its checksum differs from the manifest"
-        if is_chunk and data[-CHECKSUM_BYTES:].tobytes() != trailer(stated.crc32c):
-            return "its trailing checksum is wrong"
-        return None
+        """See the function of this name."""
+        return verify(self.folder)
 
     def _chunk(self, path: str, chunk: int) -> NDArray[Any]:
         """One chunk as an array backed by a memory map; its checksum is verified at first touch in this process."""
@@ -170,21 +148,51 @@ class ZarrStore(Store):
         wanted = _TORCH_DTYPES[self.manifest.dtype]
         return tensor.view(wanted) if wanted is torch.bfloat16 else tensor
 
-    @cached_property
-    def _offsets(self) -> NDArray[np.int64] | None:
-        """(N+1,) where each example begins, None if dense. Read at first use, so that damage here can be verified too."""
-        if not self.manifest.ragged:
-            return None
-        offsets = self._whole("offsets")
-        if offsets[0] != 0 or offsets[-1] != self.manifest.rows or (np.diff(offsets) <= 0).any():
+    def _check_offsets(self) -> None:
+        if self._offsets is None:
+            return
+        steps = np.diff(self._offsets)
+        if self._offsets[0] != 0 or self._offsets[-1] != self.manifest.rows or (steps <= 0).any():
             raise self._damaged("offsets", "they do not run from 0 to the number of rows")
-        return offsets
 
     def _damaged(self, name: str, reason: str) -> SidebenchError:
         return SidebenchError(
             f"the activation cache {self.folder} is damaged: {name}: {reason}. See all of it with "
             f"`bench cache verify {self.folder}`; `bench cache rm {self.folder}` and a new build mend it."
         )
+
+
+def verify(folder: Path) -> list[BadChunk]:
+    """Read every object of a store and compare it with the manifest; extra and missing ones are bad too.
+
+    Takes the folder, not a store: one whose damage keeps it from being opened is to be verified all the same.
+    """
+    _, objects = read_manifest(folder)
+    bad = [_bad(k, reason) for k in sorted(objects) if (reason := _object_problem(folder, k, objects[k]))]
+    known = {*objects, "manifest.json", "notes.json"}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() or p.is_symlink()):
+        if (key := path.relative_to(folder).as_posix()) not in known:
+            bad.append(_bad(key, "not part of this store"))
+    return bad
+
+
+def _object_problem(folder: Path, key: str, stated: StoredObject) -> str | None:
+    target = folder / key
+    if not target.is_file():
+        return "missing"
+    try:
+        data = np.fromfile(target, dtype=np.uint8)
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
+    if len(data) != stated.bytes:
+        return f"has {len(data)} bytes, wanted {stated.bytes}"
+    is_chunk = "/c/" in key
+    payload = data[:-CHECKSUM_BYTES] if is_chunk else data
+    if checksum(payload) != stated.crc32c:
+        return "its checksum differs from the manifest"
+    if is_chunk and data[-CHECKSUM_BYTES:].tobytes() != trailer(stated.crc32c):
+        return "its trailing checksum is wrong"
+    return None
 
 
 def _bad(key: str, reason: str) -> BadChunk:

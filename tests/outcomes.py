@@ -1,0 +1,77 @@
+"""Tiny tasks on disk, and outcomes of comparisons made by hand, for the tests of tables, reports and commands."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import toys
+
+from sidebench.bench.compare import Outcome, Request
+from sidebench.bench.prepare import Inputs
+from sidebench.bench.record import RunRecord, write_predictions
+
+MEASURED: Mapping[str, Any] = {
+    "trainable_params": 1234,
+    "head_params": 66,
+    "total_params": 5678,
+    "train_seconds": 2.0,
+    "eval_seconds": 0.5,
+    "examples_per_second": 40.0,
+    "peak_device_bytes": None,
+    "peak_reserved_bytes": None,
+    "peak_nvml_bytes": None,
+    "peak_tracked_bytes": 3 * 2**20,
+    "peak_host_bytes": 2**20,
+    "memory_by_category": dict.fromkeys(
+        ("parameters", "gradients", "optimizer", "activations", "inputs", "temporaries"), 2**19
+    ),
+    "unavailable": {"peak_device_bytes": "no device memory is measured on 'cpu'"},
+    "lr": 0.001,
+}
+CATEGORIES = tuple(MEASURED["memory_by_category"])
+
+
+def write_texts(path: Path, count: int = 60, *, parts: bool = False) -> str:
+    """A jsonl task of toy sentences at `path`; returns its URI."""
+    texts = toys.make_texts(count)
+    rows = [
+        {"text": text, "label": "yes" if target else "no", "id": name}
+        | ({"split": ("train", "train", "val", "test")[i % 4]} if parts else {})
+        for i, (text, target, name) in enumerate(zip(texts.raw, texts.targets, texts.ids, strict=True))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return f"jsonl:{path}"
+
+
+def make_outcome(
+    folder: Path, right: Mapping[str, Sequence[Sequence[int]] | str], *, kind: str = "cached", **changes: Any
+) -> Outcome:
+    """An outcome whose method m has one run per row of right[m], 1 where a test example is right; a text is its error.
+
+    `changes` replace what was measured in every run.
+    """
+    records: dict[str, list[RunRecord]] = {}
+    files: list[Path] = []
+    seeds = max([len(found) for found in right.values() if not isinstance(found, str)], default=1)
+    examples = 0
+    for number, (method, found) in enumerate(right.items()):
+        records[method] = []
+        for seed, row in enumerate([found] * seeds if isinstance(found, str) else found):
+            path = folder / f"{number}-{seed}.json"
+            files.append(path)
+            asked = {"method": method, "seed": seed, "kind": kind}
+            if isinstance(row, str):
+                records[method].append(RunRecord(asked, None, {"python": "3"}, row))
+                continue
+            examples = len(row)
+            logits = np.stack([np.zeros(examples), np.array(row) - 0.5], 1).astype(np.float32)
+            write_predictions(
+                path.with_suffix(".npz"), tuple(map(str, range(examples))), logits, np.ones(examples, dtype=np.int64)
+            )
+            measured = {**MEASURED, "score": float(np.mean(row)), **changes}
+            records[method].append(RunRecord(asked, measured, {"python": "3"}))
+    request = Request(Inputs("hf:toy", "jsonl:toy"), tuple(right), {}, seeds=tuple(range(seeds)))
+    sizes = {"train": 80, "val": 10, "test": examples}
+    return Outcome(request, folder, records, files, {}, sizes, "accuracy", None)
