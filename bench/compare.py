@@ -1,13 +1,8 @@
 """Several methods, one backbone, one task: plan the runs, run each in its own interpreter, gather what they say."""
 
-import dataclasses
 import hashlib
-import json
-import signal
-import statistics
-import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,16 +11,16 @@ from .. import __version__
 from ..adapters._base import CachedMethod, FittedMethod, Method
 from ..adapters._registry import Named, find_method, known_methods
 from ..cache.backbone import Architecture
-from ..cache.build import BuildResult, CaptureOptions, Plan, Progress
+from ..cache.build import BuildResult, CaptureOptions, Plan
 from ..cache.catalog import read_notes
 from ..cache.errors import SidebenchError, unknown
 from ..cache.manifest import canonical_json
-from .environment import environment
-from .prepare import Inputs, Prepared, Say, plan_store, prepare, resolve_device, store_for
-from .record import Job, RunRecord, read_predictions, read_record, write_json
+from .launch import Listener, failed, run_once, with_chosen_lr
+from .prepare import Inputs, Prepared, plan_store, prepare, resolve_device, store_for
+from .record import Job, RunRecord
 from .tasks.base import Split
 from .tasks.split import split as split_task
-from .worker import SPLIT, trial_path, write_split
+from .worker import SPLIT, write_split
 
 AUTO_FACTORS = (0.3, 1.0, 3.0)  # --lr auto: the method's own default and its neighbours, equally many for every method
 
@@ -62,15 +57,6 @@ class Outcome:
     store: Mapping[str, Any] | None
 
 
-@dataclass(frozen=True)
-class Listener:
-    """Who is told what happens: sentences, build progress (done, total), and the events of each run."""
-
-    say: Say = lambda _: None
-    build_progress: Progress = lambda done, total: None
-    run_event: Callable[[Job, Mapping[str, Any]], None] = lambda job, event: None
-
-
 def compare(
     request: Request, *, home: Path, cache_dir: Path, runs_dir: Path, listener: Listener | None = None
 ) -> Outcome:
@@ -103,9 +89,9 @@ def compare(
     records: dict[str, list[RunRecord]] = {}
     files: list[Path] = []
     for name, method_jobs in jobs.items():
-        final, failure = _with_chosen_lr(method_jobs, folder, request.fresh, listener)
+        final, failure = with_chosen_lr(method_jobs, folder, request.fresh, listener)
         records[name] = [
-            _run(job, folder, request.fresh, listener) if failure is None else _failed(job, failure, folder)
+            run_once(job, folder, request.fresh, listener) if failure is None else failed(job, failure, folder)
             for job in final
         ]
         files += [folder / f"{job.stem}.json" for job in final]
@@ -269,116 +255,6 @@ def _typed_rates(text: str) -> tuple[float, ...]:
     if any(not 0 < rate < float("inf") for rate in rates):
         raise SidebenchError(f"--lr wants positive numbers; found {text!r}.")
     return rates
-
-
-def _with_chosen_lr(
-    jobs: Sequence[Job], folder: Path, fresh: bool, listener: Listener
-) -> tuple[Sequence[Job], str | None]:
-    """Jobs with one learning rate each: the one of best mean validation score over all seeds, never per seed.
-
-    A rate that diverged with any seed is out. With the jobs the error of a trial that failed, or None.
-    """
-    if len(jobs[0].lrs) == 1:
-        return jobs, None
-    scores: dict[float, list[float | None]] = {lr: [] for lr in jobs[0].lrs}
-    for job in jobs:
-        trials = [trial_path(folder, job, lr) for lr in job.lrs]
-        if fresh or not all(path.exists() for path in trials):
-            error = _spawn(job, folder, listener)
-            if error is not None:
-                return jobs, error
-        for path, lr in zip(trials, job.lrs, strict=True):
-            scores[lr].append(json.loads(path.read_text("utf-8"))["val_score"])
-    means = {lr: _mean(found) for lr, found in scores.items()}
-    finite = {lr: mean for lr, mean in means.items() if mean is not None}
-    if not finite:
-        return jobs, f"the loss is not finite at any learning rate of {', '.join(f'{lr:g}' for lr in scores)}."
-    best = max(finite, key=lambda lr: finite[lr])
-    listener.say(
-        f"{jobs[0].method}: learning rate {best:g} chosen on validation, mean over seeds "
-        + ", ".join(f"{lr:g}: {'diverged' if mean is None else f'{mean:.3f}'}" for lr, mean in means.items())
-    )
-    return [dataclasses.replace(job, lrs=(best,)) for job in jobs], None
-
-
-def _mean(scores: Sequence[float | None]) -> float | None:
-    """None when one is."""
-    known = [score for score in scores if score is not None]
-    return statistics.mean(known) if len(known) == len(scores) else None
-
-
-def _run(job: Job, folder: Path, fresh: bool, listener: Listener) -> RunRecord:
-    path = folder / f"{job.stem}.json"
-    if not fresh and (record := _finished(path)) is not None:
-        listener.run_event(job, {"event": "reused"})
-        return record
-    error = _spawn(job, folder, listener)
-    return read_record(path) if error is None else _failed(job, error, folder)
-
-
-def _finished(path: Path) -> RunRecord | None:
-    """The record of a run that is whole; one that failed or was damaged since is run again."""
-    if not path.exists():
-        return None
-    try:
-        record = read_record(path)
-        read_predictions(path.with_suffix(".npz"))
-    except SidebenchError:
-        return None
-    return record if record.error is None and record.measured is not None else None
-
-
-def _spawn(job: Job, folder: Path, listener: Listener) -> str | None:
-    """Run a job in a fresh interpreter; returns None, or the sentence that says how it failed."""
-    job_path = folder / f"{job.stem}.job.json"
-    write_json(job_path, dataclasses.asdict(job))
-    log_path = folder / f"{job.stem}.log"
-    listener.run_event(job, {"event": "started"})
-    message: str | None = None
-    command = [sys.executable, "-m", f"{__package__}.worker", str(job_path)]
-    with open(log_path, "w", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                event = _event_of(line)
-                if event.get("event") == "error":
-                    message = str(event.get("message"))
-                else:
-                    listener.run_event(job, event)
-            code = process.wait()
-        finally:
-            process.kill()  # after Ctrl-C; a process that has ended does not mind
-            process.wait()
-            job_path.unlink(missing_ok=True)
-    if code == 0:
-        log_path.unlink(missing_ok=True)
-        return None
-    if message is None:
-        lines = log_path.read_text("utf-8", "replace").strip().splitlines()
-        last = lines[-1] if lines else "no message"
-        message = f"{_death(-code) if code < 0 else last}; see {log_path}"
-    listener.run_event(job, {"event": "failed", "message": message})
-    return message
-
-
-def _death(number: int) -> str:
-    why = " (often for want of memory)" if number == signal.SIGKILL else ""
-    return f"killed by {signal.Signals(number).name}{why}"
-
-
-def _event_of(line: str) -> dict[str, Any]:
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return {}  # a library that prints
-    return event if isinstance(event, dict) else {}
-
-
-def _failed(job: Job, error: str, folder: Path) -> RunRecord:
-    record = RunRecord(dataclasses.asdict(job), None, environment(), error)
-    write_json(folder / f"{job.stem}.json", dataclasses.asdict(record))
-    return record
 
 
 def _store_facts(built: BuildResult) -> dict[str, Any]:

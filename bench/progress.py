@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from .compare import Listener
+from .launch import Listener
 from .record import Job
 
 _PLAIN_INTERVAL_SECONDS = 5.0

@@ -135,7 +135,9 @@ def _memory(rows: Sequence[Row]) -> str:
 
 def _cache(store: Mapping[str, Any]) -> str:
     seconds = store["build_seconds"]
-    built = f"built in {seconds:.1f} s" if isinstance(seconds, int | float) else "build time unknown"
+    built = (
+        f"built in {seconds:.1f} s" if isinstance(seconds, int | float) else "built over several sessions, time unknown"
+    )
     return (
         f"`{store['digest'][:16]}`: {store['bytes'] / _MIB:,.1f} MiB, {store['dtype']}, "
         f"{len(store['layers'])} layers ({', '.join(_text(layer) for layer in store['layers'])}), {built}."

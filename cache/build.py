@@ -62,7 +62,10 @@ def build(
         writer = StoreWriter(folder, manifest)
         try:
             forward_seconds = fill(planned, writer, progress)
-            seconds = {"forward_seconds": forward_seconds, "build_seconds": time.perf_counter() - begun}
+            elapsed = time.perf_counter() - begun
+            # What earlier, interrupted sessions took is not known; the last one's time would understate the cost.
+            whole = None if writer.resumed_chunks else elapsed
+            seconds = {"forward_seconds": forward_seconds, "build_seconds": whole}
             writer.commit({**notes, **seconds, "created": _now()}, planned.examples.ids)
         finally:
             writer.close()

@@ -19,6 +19,7 @@ from outcomes import write_texts
 from typer.testing import CliRunner
 
 from sidebench.bench import compare as comparing
+from sidebench.bench import launch as launching
 from sidebench.bench import prepare as preparing
 from sidebench.bench import worker
 from sidebench.cache.errors import SidebenchError
@@ -440,7 +441,7 @@ def _runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
             return str(error)
         return None
 
-    monkeypatch.setattr(comparing, "_spawn", run)
+    monkeypatch.setattr(launching, "spawn", run)
     monkeypatch.setattr(worker, "emit", lambda *_, **__: None)
 
 

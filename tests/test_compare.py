@@ -19,8 +19,10 @@ import pytest
 from outcomes import CATEGORIES, write_texts
 
 from sidebench.bench import compare as comparing
+from sidebench.bench import launch as launching
 from sidebench.bench import training, worker
-from sidebench.bench.compare import Listener, Outcome, Request, compare, learning_rates
+from sidebench.bench.compare import Outcome, Request, compare, learning_rates
+from sidebench.bench.launch import Listener
 from sidebench.bench.prepare import Inputs
 from sidebench.bench.record import Job, read_predictions, read_record, write_json
 from sidebench.bench.table import comparisons, document, rows
@@ -101,7 +103,7 @@ def finished(place: Path, request_for: Callable[..., Request]) -> tuple[Request,
         patch.setenv("OMP_NUM_THREADS", "1")  # as in this process, so that numbers can be compared bit for bit
         request = request_for("linear_probe", "unipt", "bitfit", seeds=(0, 1))
         _compare(dataclasses.replace(request, seeds=(0,)), place)
-        patch.setattr(comparing, "_spawn", _run_here([]))
+        patch.setattr(launching, "spawn", _run_here([]))
         return request, _compare(request, place)
 
 
@@ -109,7 +111,7 @@ def finished(place: Path, request_for: Callable[..., Request]) -> tuple[Request,
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """Runs jobs in this process instead of in workers, and lists those that were started."""
     jobs: list[Job] = []
-    monkeypatch.setattr(comparing, "_spawn", _run_here(jobs))
+    monkeypatch.setattr(launching, "spawn", _run_here(jobs))
     return jobs
 
 
@@ -228,7 +230,7 @@ def test_a_second_call_reuses_every_run_and_starts_no_worker(
     finished: tuple[Request, Outcome], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request, outcome = finished
-    monkeypatch.setattr(comparing, "_spawn", lambda *_: pytest.fail("a worker was started"))
+    monkeypatch.setattr(launching, "spawn", lambda *_: pytest.fail("a worker was started"))
     heard = Heard()
     again = _compare(request, place, heard)
     assert len(heard.of("reused")) == 6
@@ -349,7 +351,7 @@ def test_the_rate_is_the_best_mean_on_validation_and_the_same_for_all_seeds(
     request_for: Callable[..., Request],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(comparing, "_spawn", _fake_trials(scores))
+    monkeypatch.setattr(launching, "spawn", _fake_trials(scores))
     outcome = _compare(request_for("unipt", lr="0.01,0.001", seeds=(0, 1), epochs=1), place, runs=str(tmp_path))
     assert [record.measured and record.measured["lr"] for record in outcome.records["unipt"]] == [best, best]
 

@@ -590,7 +590,7 @@ def _manifest() -> Manifest:
 
 
 CANONICAL = (
-    '{"architecture":{"activation":"gelu","blocks":2,"final_layer":"norm","heads":2,"layer_scale":false,'
+    '{"architecture":{"activation":"gelu","blocks":2,"causal":false,"final_layer":"norm","heads":2,"layer_scale":false,'
     '"mlp_width":8,"modality":"image","name":"ViTModel","norm":"pre","norm_eps":1e-12,"prefix_tokens":1,"width":4},'
     '"backbone":{"config":{"a":"\\u00e9","b":1},"weights_sha256":"ab"},'
     '"dataset":{"examples":3,"limit":null,"sha256":"cd"},"dtype":"float16","format":"sidebench-activations/1",'
