@@ -7,9 +7,9 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: demo test test-all lint clean
 
 demo: .venv/installed
-	$(BIN)/bench cache build --backbone sample:minilm-l6 --task sample:tweets --limit 1000
-	$(BIN)/bench compare --backbone sample:minilm-l6 --task sample:tweets --limit 1000 \
-		--methods linear_probe,unipt,lst,lora,vpt,bitfit --seeds 0,1 --epochs 3
+	$(BIN)/bench cache build --backbone sample:minilm-l6 --task sample:tweets --limit 800
+	$(BIN)/bench compare --backbone sample:minilm-l6 --task sample:tweets --limit 800 \
+		--methods linear_probe,unipt,lst,lora,vpt --seeds 0,1 --epochs 3
 
 test: .venv/installed
 	$(BIN)/pytest -m "not long"

@@ -97,9 +97,7 @@ def _short(method: FittedMethod) -> FittedMethod:
 
 def _measured(steps: Callable[[], Any], tracked: Callable[[], Any], device_meter: DeviceMeter) -> Memory:
     steps()  # warm-up: library handles, thread pools and workspaces are not the method's
-    with device_meter:
-        steps()
-    with HostMeter() as host_meter:
+    with device_meter, HostMeter() as host_meter:
         steps()
     peak = tracked()
     on_device, on_host = device_meter.result(), host_meter.result()
