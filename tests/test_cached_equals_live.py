@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import build
+from method_cases import build
 from torch import Tensor, nn
 from toys import ToyExamples, build_store, prepare
 

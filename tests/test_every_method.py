@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import FAMILIES, TEXT_FAMILIES, Case, Run, build, every_case, fitted_cases, trained_cases
+from method_cases import FAMILIES, TEXT_FAMILIES, Case, Run, build, every_case, fitted_cases, trained_cases
 from torch import Tensor, nn
 from toys import ToyExamples, make_images
 

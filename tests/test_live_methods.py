@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import FAMILIES, Case, Run, batch_of, build
+from method_cases import FAMILIES, Case, Run, batch_of, build
 from torch import Tensor, nn
 from toys import make_images
 

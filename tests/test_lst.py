@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from runs import Case, random_states
+from method_cases import Case, random_states
 from torch import Tensor, nn
 
 from sidebench.adapters._base import Batch

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from runs import Exact, random_states
+from method_cases import Exact, random_states
 from torch import Tensor, nn
 
 from sidebench.adapters.unipt import Config, SingleAnchor, TokenAnchor, UniPT, confidences, relu_l1, relu_l1_clamped
