@@ -1,16 +1,15 @@
 """From a store to training batches: the order is a pure function of the seed, the next batch is read ahead."""
 
-import queue
-import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
 
 from .store import Activations, Index, Store
 
+S = TypeVar("S")
 T = TypeVar("T")
-_AHEAD = 2  # batches read while the current one is trained on
 
 
 def epoch_order(examples: Index, *, seed: int, epoch: int, shuffle: bool = True) -> Index:
@@ -32,36 +31,15 @@ def activation_batches(
     return ahead(batches, lambda index: (index, store.read(index, layers)))
 
 
-def ahead(items: Sequence[Index], make: Callable[[Index], T]) -> Iterator[T]:
-    """Yield make(item) for every item, computed up to two items ahead in a thread; its errors are raised here."""
-    done: queue.Queue[T | BaseException | None] = queue.Queue(maxsize=_AHEAD)
-    stop = threading.Event()
+def ahead(items: Sequence[S], make: Callable[[S], T]) -> Iterator[T]:
+    """Yield make(item) for every item, the next one computed in a thread meanwhile; its errors are raised here.
 
-    def put(value: T | BaseException | None) -> None:
-        while not stop.is_set():
-            try:
-                done.put(value, timeout=0.1)
-            except queue.Full:
-                continue
-            return
-
-    def work() -> None:
-        try:
-            for item in items:
-                if stop.is_set():
-                    return
-                put(make(item))
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=work, name="sidebench-feed", daemon=True)
-    thread.start()
-    try:
-        while (value := done.get()) is not None:
-            if isinstance(value, BaseException):
-                raise value
+    One ahead is enough to overlap, and no more than two results exist at a time: the caller's and the next.
+    """
+    with ThreadPoolExecutor(1, "sidebench-feed") as pool:
+        following = pool.submit(make, items[0]) if len(items) else None
+        for position in range(1, len(items) + 1):
+            assert following is not None
+            value = following.result()
+            following = pool.submit(make, items[position]) if position < len(items) else None
             yield value
-    finally:
-        stop.set()
-        thread.join()

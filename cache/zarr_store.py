@@ -13,13 +13,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .buffers import Buffers
 from .errors import SidebenchError
 from .layout import CHECKSUM_BYTES, checksum, trailer
 from .manifest import StoredObject, read_manifest
 from .store import Activations, Index, Store, check_index, require_layers
 
 _OPEN_MAPS = 512  # one map per chunk of a large store would pass the kernel's limit
-_TORCH_DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
+_TORCH_DTYPES = {
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+}
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,9 @@ class ZarrStore(Store):
         self.layers = self.manifest.layers
         self._layouts = self.manifest.arrays()
         self._maps: OrderedDict[tuple[str, int], NDArray[Any]] = OrderedDict()
+        self._buffers = Buffers()
         self._checked: set[tuple[str, int]] = set()
-        self._offsets = self._whole("offsets") if self.manifest.ragged else None
+        self._offsets = self._whole("offsets").numpy() if self.manifest.ragged else None
         self._check_offsets()
 
     def __len__(self) -> int:
@@ -51,7 +58,7 @@ class ZarrStore(Store):
     @property
     def targets(self) -> NDArray[np.int64]:
         """(N,) class index per example."""
-        return self._whole("targets")
+        return self._whole("targets").numpy()
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -72,18 +79,18 @@ class ZarrStore(Store):
     def pooled(self, layer: str) -> Tensor:
         """(N, 2, D) in storage dtype: the first token, and the mean over real tokens that are no prefix."""
         require_layers(self.layers, [layer])
-        return self._as_torch(self._whole(f"pooled/{layer}"))
+        return self._whole(f"pooled/{layer}")
 
     def read(self, index: Index, layers: Sequence[str]) -> Activations:
         """See Store."""
         check_index(index, len(self))
         require_layers(self.layers, layers)
         if self._offsets is None:
-            found = {layer: self._as_torch(self._gather(f"layers/{layer}", index)) for layer in layers}
+            found = {layer: self._gather(f"layers/{layer}", index) for layer in layers}
             tokens = next(iter(found.values())).shape[1]
             return Activations(found, torch.ones((len(index), tokens), dtype=torch.bool))
         starts, lengths = self._offsets[index], np.diff(self._offsets)[index]
-        found = {layer: self._as_torch(self._gather_ragged(f"layers/{layer}", starts, lengths)) for layer in layers}
+        found = {layer: self._gather_ragged(f"layers/{layer}", starts, lengths) for layer in layers}
         return Activations(found, torch.arange(int(lengths.max())) < torch.from_numpy(lengths)[:, None])
 
     def verify(self) -> list[BadChunk]:
@@ -111,42 +118,44 @@ class ZarrStore(Store):
             if checksum(payload) != stated.crc32c or raw[-CHECKSUM_BYTES:].tobytes() != trailer(stated.crc32c):
                 raise self._damaged(name, "its checksum differs from the manifest")
             self._checked.add(key)
-        array = payload.view(layout.numpy_dtype).reshape(layout.chunk_shape)
-        self._maps[key] = array
+        found = np.asarray(payload).view(layout.numpy_dtype).reshape(layout.chunk_shape)  # a plain array slices faster
+        self._maps[key] = found
         if len(self._maps) > _OPEN_MAPS:
             self._maps.popitem(last=False)
-        return array
+        return found
 
-    def _whole(self, path: str) -> NDArray[Any]:
+    def _whole(self, path: str) -> Tensor:
         layout = self._layouts[path]
-        rows = np.concatenate([self._chunk(path, c) for c in range(layout.chunks)] or [layout.empty_chunk()])
-        return np.array(rows[: layout.shape[0]])
+        rows = np.concatenate([self._chunk(path, c) for c in range(layout.chunks)])[: layout.shape[0]]
+        return torch.from_numpy(rows).view(_TORCH_DTYPES[layout.dtype])
 
-    def _gather(self, path: str, index: Index) -> NDArray[Any]:
+    def _gather(self, path: str, index: Index) -> Tensor:
         layout = self._layouts[path]
-        out = np.empty((len(index), *layout.shape[1:]), dtype=layout.numpy_dtype)
-        chunks, rows = np.divmod(index, layout.chunk_rows)
-        for chunk in np.unique(chunks):
-            here = chunks == chunk
-            out[here] = self._chunk(path, int(chunk))[rows[here]]
+        out = self._empty(path, (len(index), *layout.shape[1:]))
+        # Row by row with numpy: torch would gather on all cores, in a thread beside one that trains on all cores.
+        raw = bits(out)
+        for row, example in enumerate(index.tolist()):
+            chunk, offset = divmod(example, layout.chunk_rows)
+            raw[row] = self._chunk(path, chunk)[offset]
         return out
 
-    def _gather_ragged(self, path: str, starts: Index, lengths: Index) -> NDArray[Any]:
+    def _gather_ragged(self, path: str, starts: Index, lengths: Index) -> Tensor:
         layout = self._layouts[path]
-        out = np.zeros((len(starts), int(lengths.max()), *layout.shape[1:]), dtype=layout.numpy_dtype)
+        out = self._empty(path, (len(starts), int(lengths.max()), *layout.shape[1:]))
+        raw = bits(out)
         for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
             done = 0
             while done < length:  # an example may straddle chunks
                 chunk, offset = divmod(start + done, layout.chunk_rows)
                 taken = min(layout.chunk_rows - offset, length - done)
-                out[row, done : done + taken] = self._chunk(path, chunk)[offset : offset + taken]
+                raw[row, done : done + taken] = self._chunk(path, chunk)[offset : offset + taken]
                 done += taken
+            raw[row, length:] = 0
         return out
 
-    def _as_torch(self, array: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        wanted = _TORCH_DTYPES[self.manifest.dtype]
-        return tensor.view(wanted) if wanted is torch.bfloat16 else tensor
+    def _empty(self, path: str, shape: tuple[int, ...]) -> Tensor:
+        layout = self._layouts[path]
+        return torch.from_numpy(self._buffers.empty(shape, layout.numpy_dtype)).view(_TORCH_DTYPES[layout.dtype])
 
     def _check_offsets(self) -> None:
         if self._offsets is None:
@@ -160,6 +169,11 @@ class ZarrStore(Store):
             f"the activation cache {self.folder} is damaged: {name}: {reason}. See all of it with "
             f"`bench cache verify {self.folder}`; `bench cache rm {self.folder}` and a new build mend it."
         )
+
+
+def bits(tensor: Tensor) -> NDArray[Any]:
+    """The same memory as a numpy array; bfloat16, which numpy does not know, as its bits."""
+    return (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
 
 
 def verify(folder: Path) -> list[BadChunk]:

@@ -23,7 +23,7 @@ SEEDS = st.integers(0, 2**32)
 
 
 def _feeding() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name == "sidebench-feed"]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("sidebench-feed")]
 
 
 @pytest.fixture(autouse=True)
@@ -176,8 +176,8 @@ def test_it_reads_ahead_but_never_the_whole_epoch() -> None:
     feed = ahead(_items(100), make)
     next(feed)
     deadline = time.monotonic() + 2
-    while len(made) < 4 and time.monotonic() < deadline:
+    while len(made) < 2 and time.monotonic() < deadline:
         time.sleep(0.005)
     time.sleep(0.05)
-    assert 2 <= len(made) <= 4, "one handed out, two waiting, one in the making"
+    assert len(made) == 2, "one handed out, one waiting: memory for two batches"
     feed.close()
