@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..adapters._base import Batch, Body
 from ..cache.backbone import Backbone
-from ..cache.feed import ahead
+from ..cache.feed import activation_batches, ahead
 from ..cache.pooling import masked_mean, pooling_mask
 from ..cache.store import Index, Store
 from .tasks.base import Pooling, Task
@@ -61,7 +61,7 @@ class CachedSource:
 
     def batches(self, batches: Sequence[Index]) -> Iterator[Batch]:
         """See Source."""
-        for activations in ahead(batches, lambda index: self.store.read(index, self.layers)):
+        for _, activations in activation_batches(self.store, batches, self.layers):
             moved = activations.to(self.device)
             yield Batch(mask=moved.mask, activations=moved.layers)
 

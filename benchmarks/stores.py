@@ -20,17 +20,7 @@ def make(
     rng = np.random.default_rng(0)
     lengths = rng.integers(tokens // 4, tokens + 1, examples) if ragged else np.full(examples, tokens)
     names = [f"blocks.{i}" for i in range(layers)]
-    manifest = Manifest(
-        architecture=Architecture("Random", "text" if ragged else "image", layers, width, 0, names[-1]),
-        backbone={},
-        preprocessing={},
-        dataset={"sha256": "", "examples": examples, "limit": None},
-        forward={"batch_size": 64},
-        tokens="all",
-        dtype="float16",
-        specs=tuple(ActivationSpec(name, None if ragged else tokens, width) for name in names),
-        rows=int(lengths.sum()) if ragged else examples,
-    )
+    manifest = _manifest(names, examples, None if ragged else tokens, width, int(lengths.sum()) if ragged else examples)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     writer = StoreWriter(folder, manifest)
     kept: dict[str, list[torch.Tensor]] = {}
@@ -50,17 +40,7 @@ def make(
 def write(folder: Path, rows: Any) -> None:
     """One layer of dense rows (N, T, D) through the writer, committed."""
     examples, tokens, width = rows.shape
-    manifest = Manifest(
-        architecture=Architecture("Random", "image", 1, width, 0, "blocks.0"),
-        backbone={},
-        preprocessing={},
-        dataset={"sha256": "", "examples": examples, "limit": None},
-        forward={"batch_size": 64},
-        tokens="all",
-        dtype="float16",
-        specs=(ActivationSpec("blocks.0", tokens, width),),
-        rows=examples,
-    )
+    manifest = _manifest(["blocks.0"], examples, tokens, width, examples)
     writer = StoreWriter(folder, manifest)
     writer.append("targets", np.zeros(examples, dtype=np.int64))
     writer.append("pooled/blocks.0", np.zeros((examples, 2, width), dtype=np.float16))
@@ -68,3 +48,17 @@ def write(folder: Path, rows: Any) -> None:
         writer.append("layers/blocks.0", rows[start : start + 64])
     writer.commit({}, tuple(str(i) for i in range(examples)))
     writer.close()
+
+
+def _manifest(names: list[str], examples: int, tokens: int | None, width: int, rows: int) -> Manifest:
+    return Manifest(
+        architecture=Architecture("Random", "text" if tokens is None else "image", len(names), width, 0, names[-1]),
+        backbone={},
+        preprocessing={},
+        dataset={"sha256": "", "examples": examples, "limit": None},
+        forward={"batch_size": 64},
+        tokens="all",
+        dtype="float16",
+        specs=tuple(ActivationSpec(name, tokens, width) for name in names),
+        rows=rows,
+    )
