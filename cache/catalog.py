@@ -90,6 +90,35 @@ def nearest_mismatch(cache_dir: Path, wanted: Manifest) -> str:
     return best[1] if best else f"{cache_dir} holds no complete cache"
 
 
+def imported_store(cache_dir: Path, name: str, dataset_sha256: str, task: str) -> tuple[Path, Manifest]:
+    """The store of the imported features `name` on the data of a task.
+
+    Raises SidebenchError when there is none, naming what was imported, or when there are several.
+    """
+    named = [(e.folder, e.manifest, e.notes) for e in entries(cache_dir) if e.manifest and _imported(e.manifest)]
+    ours = [(folder, manifest, notes) for folder, manifest, notes in named if _imported(manifest) == name]
+    if not ours:
+        raise unknown(f"imported features in {cache_dir}", name, {str(_imported(m)) for _, m, _ in named})
+    found = [(folder, manifest) for folder, manifest, _ in ours if manifest.dataset["sha256"] == dataset_sha256]
+    if len(found) > 1:
+        raise SidebenchError(
+            f"{len(found)} caches hold features called {name!r} of {task}: "
+            f"{', '.join(folder.name for folder, _ in found)}; remove all but one with `bench cache rm`."
+        )
+    if not found:
+        tasks = ", ".join(f"{n.get('task')} ({m.examples} examples)" for _, m, n in ours)
+        raise SidebenchError(
+            f"the features {name!r} were imported for {tasks}, not for the data that {task} holds now; import them "
+            f"with --task {task}, and the same --limit."
+        )
+    return found[0]
+
+
+def _imported(manifest: Manifest) -> str | None:
+    name = manifest.backbone.get("imported")
+    return name if isinstance(name, str) else None
+
+
 def locate(name: str, cache_dir: Path) -> Path:
     """The folder of a store given by path, or by any prefix of its digest that names one store only.
 

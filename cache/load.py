@@ -21,8 +21,10 @@ from .uri import parse_uri
 SCHEMES = {
     "sample": "pretrained weights inside a registry package, pinned by sha256: sample:minilm-l6, sample:dinov2-small",
     "hf": "a transformers folder or hub id: hf:./my-bert, hf:google/vit-base-patch16-224 (?tower=vision|text)",
+    "imported": "features without a network, from `bench cache import`, for compare: imported:NAME",
     "module": "any torch module from a factory on the path: module:package.file:factory",
 }
+IMPORTED = "imported:"
 _OPTIONS = {"hf": ("tower",)}
 MAX_LENGTH = 128  # tokens: enough for sentences, and stated in the digest
 
@@ -46,6 +48,8 @@ def load_backbone(
     Raises SidebenchError for an unknown scheme, a missing folder, or a checkpoint that lacks weights.
     """
     parsed = parse_uri(uri, known={name: _OPTIONS.get(name, ()) for name in SCHEMES}, kind="backbone")
+    if parsed.scheme == "imported":
+        raise SidebenchError(f"{uri} names features; there is no network behind them to load.")
     if parsed.scheme == "module":
         backbone = _from_module(parsed.path, image_size)
     else:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -137,20 +137,29 @@ def read_manifest(folder: Path) -> tuple[Manifest, dict[str, StoredObject]]:
             f"{folder} is not a complete activation cache: it has no {MANIFEST}, so its build never finished. "
             "Run the same `bench cache build` again to resume it."
         )
+    return parse_manifest(str(path), lambda: _text(path))
+
+
+def _text(path: Path) -> str:
+    if (size := path.stat().st_size) > _LARGEST_MANIFEST_BYTES:
+        raise SidebenchError(f"it has {size} bytes, more than any manifest of ours.")
+    return path.read_text("utf-8")
+
+
+def parse_manifest(origin: str, text: Callable[[], str]) -> tuple[Manifest, dict[str, StoredObject]]:
+    """Check a manifest wherever it was kept; `origin` names that place in the error. Raises SidebenchError."""
     try:
-        if (size := path.stat().st_size) > _LARGEST_MANIFEST_BYTES:
-            raise SidebenchError(f"it has {size} bytes, more than any manifest of ours.")
-        document = json.loads(path.read_text("utf-8"))
+        document = json.loads(text())
         manifest = manifest_from_facts(document["facts"])
         objects = {str(key): StoredObject(_count(b), _count(c)) for key, (b, c) in document["objects"].items()}
         stated, digest = document["digest"], manifest.digest
         _check_objects(manifest, objects)
     except SidebenchError as error:
-        raise SidebenchError(f"{path} is refused: {error}") from None
+        raise SidebenchError(f"{origin} is refused: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise SidebenchError(f"{path} is no manifest of format {FORMAT}: {type(error).__name__}: {error}") from None
+        raise SidebenchError(f"{origin} is no manifest of format {FORMAT}: {type(error).__name__}: {error}") from None
     if stated != digest:
-        raise SidebenchError(f"{path} was altered: its facts hash to {digest[:16]}, it states {str(stated)[:16]!r}.")
+        raise SidebenchError(f"{origin} was altered: its facts hash to {digest[:16]}, it states {str(stated)[:16]!r}.")
     return manifest, objects
 
 
