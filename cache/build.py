@@ -2,10 +2,10 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from .fill import Progress, fill
 from .lock import builder_lock
 from .manifest import Manifest
 from .planning import CaptureOptions, Plan, plan
+from .shares import Chunks, batch_size, batches_for, share_out
 from .writer import StoreWriter
 
 __all__ = ["BuildResult", "CaptureOptions", "Plan", "Progress", "build", "plan"]
@@ -35,6 +36,23 @@ class BuildResult:
     resumed_chunks: int = 0
 
 
+class Workers(Protocol):
+    """Other processes that write shares of a store's chunks."""
+
+    @property
+    def count(self) -> int:
+        """How many may run at once."""
+        ...
+
+    def run(self, shares: Sequence[Chunks], lock: int, computed: Callable[[int], None]) -> tuple[float, float]:
+        """Have each share written by one worker; returns the seconds of forwards and of writing, summed over them.
+
+        `computed` is told how many examples are through. Every worker inherits the handle `lock`, so that nobody else
+        builds while one is alive. Raises SidebenchError with a worker's sentence; none is alive after that.
+        """
+        ...
+
+
 def build(
     planned: Plan,
     cache_dir: Path,
@@ -42,6 +60,7 @@ def build(
     notes: dict[str, Any],
     progress: Progress = lambda done, total: None,
     say: Callable[[str], None] = lambda _: None,
+    workers: Workers | None = None,
 ) -> BuildResult:
     """Build, resume or find the store of a plan.
 
@@ -54,14 +73,17 @@ def build(
         found = find_store(cache_dir, manifest)
     if found is not None:
         return BuildResult("exists", found.folder, found.manifest)
-    with builder_lock(folder):
+    with builder_lock(folder) as lock:
         if (found := find_store(cache_dir, manifest)) is not None:  # finished by somebody else a moment ago
             return BuildResult("exists", found.folder, found.manifest)
         begun = time.perf_counter()
         _announce(planned, folder, say)
         writer = StoreWriter(folder, manifest)
         try:
-            forward_seconds = fill(planned, writer, progress)
+            forward_seconds = 0.0
+            if workers is not None and workers.count > 1:
+                forward_seconds = _spread(planned, writer, workers, lock, progress)
+            forward_seconds += fill(planned, writer, progress)
             elapsed = time.perf_counter() - begun
             # What earlier, interrupted sessions took is not known; the last one's time would understate the cost.
             whole = None if writer.resumed_chunks else elapsed
@@ -72,6 +94,28 @@ def build(
     status = "resumed" if writer.resumed_chunks else "built"
     elapsed = time.perf_counter() - begun
     return BuildResult(status, folder, manifest, forward_seconds, writer.write_seconds, elapsed, writer.resumed_chunks)
+
+
+def _spread(planned: Plan, writer: StoreWriter, workers: Workers, lock: int, progress: Progress) -> float:
+    """Have the missing chunks of the layers written by workers; returns the seconds of their forwards.
+
+    Pooled rows are left to `fill`: their chunks hold thousands of examples, so they would have too many owners.
+    """
+    missing = writer.missing("layers")
+    shares = share_out(planned.manifest, missing, planned.offsets, workers.count)
+    if len(shares) < 2:
+        return 0.0  # one chunk per layer has one owner anyway: this process
+    total, size = len(planned.examples), batch_size(planned.manifest)
+    batches = batches_for(planned.manifest, missing, planned.offsets)
+    present = total - sum(min(start + size, total) - start for start in batches)
+    progress(present, total)
+    # A batch at the border of two shares is computed twice, so the sum may pass the total.
+    forward_seconds, write_seconds = workers.run(
+        shares, lock, lambda computed: progress(min(present + computed, total), total)
+    )
+    writer.write_seconds += write_seconds
+    writer.look_again()
+    return forward_seconds
 
 
 def _announce(planned: Plan, folder: Path, say: Callable[[str], None]) -> None:
@@ -93,16 +137,18 @@ def _announce(planned: Plan, folder: Path, say: Callable[[str], None]) -> None:
 
 
 def _estimate_seconds(planned: Plan) -> float:
-    """Time the forward of a few examples spread over the task and scale; planning has warmed the backbone up."""
+    """Time the forward of a few examples spread over the task and scale; the second time, when all is warm."""
     spread = np.linspace(0, len(planned.examples) - 1, _TRIAL_EXAMPLES).astype(int).tolist()
     prepare = planned.backbone.preprocess.prepare
-    begun = time.perf_counter()
-    ids = planned.prepared
-    batch = [ids[i] for i in spread] if ids else prepare([planned.examples.load(i) for i in spread])
-    inputs, _ = planned.backbone.preprocess.collate(batch)
-    inputs = {name: value.to(planned.backbone.device) for name, value in inputs.items()}
-    planned.backbone.capture(inputs, planned.manifest.layers)
-    return (time.perf_counter() - begun) * len(planned.examples) / len(spread)
+    ids, elapsed = planned.prepared, 0.0
+    for _ in range(2):
+        begun = time.perf_counter()
+        batch = [ids[i] for i in spread] if ids else prepare([planned.examples.load(i) for i in spread])
+        inputs, _mask = planned.backbone.preprocess.collate(batch)
+        inputs = {name: value.to(planned.backbone.device) for name, value in inputs.items()}
+        planned.backbone.capture(inputs, planned.manifest.layers)
+        elapsed = time.perf_counter() - begun
+    return elapsed * len(planned.examples) / len(spread)
 
 
 def _now() -> str:

@@ -4,9 +4,10 @@ Two cores, so three things overlap: the next batch is prepared, this one is comp
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import pairwise
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import SidebenchError
+from .manifest import Manifest
 from .planning import TORCH_DTYPES, Plan
+from .shares import Offsets, batch_size, batches_for
 from .writer import StoreWriter
 
 Progress = Callable[[int, int], None]
@@ -26,36 +29,51 @@ def fill(planned: Plan, writer: StoreWriter, progress: Progress) -> float:
 
     Raises SidebenchError for an activation that is not finite in the storage dtype, naming layer and example.
     """
-    manifest, examples = planned.manifest, planned.examples
-    offsets = None if planned.lengths is None else np.concatenate([[0], np.cumsum(planned.lengths)])
-    for path, rows in (("targets", examples.targets), ("offsets", offsets)):
+    for path, rows in (("targets", planned.examples.targets), ("offsets", planned.offsets)):
         if rows is not None:
             writer.append(path, rows.astype(np.int64))
-    size = int(manifest.forward["batch_size"])
-    missing = [writer.first_missing_row(f"layers/{layer}") for layer in manifest.layers]
-    first = min(_example_of(row, offsets) for row in missing) // size * size
-    pooled_first = min(writer.first_missing_row(f"pooled/{layer}") for layer in manifest.layers) // size * size
-    for layer in manifest.layers:
-        writer.seek(f"layers/{layer}", first if offsets is None else int(offsets[first]))
-        writer.seek(f"pooled/{layer}", min(pooled_first, first))
-    for start in range(pooled_first, first, size):
-        _pool_stored(planned, writer, start, min(start + size, first))
+    return compute(planned, writer, progress)
+
+
+def compute(planned: Plan, writer: StoreWriter, progress: Progress) -> float:
+    """Append the layers' and pooled rows the writer misses; returns the seconds spent in forwards.
+
+    Canonical batches that overlap a missing chunk of a layer are computed; where only the pooled rows are missing they
+    are pooled from what is on disk.
+    """
+    manifest, total = planned.manifest, len(planned.examples)
+    forwards = batches_for(manifest, writer.missing("layers"), planned.offsets)
+    pooled = batches_for(manifest, writer.missing("pooled"), planned.offsets)
+    done = total - sum(_batch_stop(planned, start) - start for start in forwards)
     seconds = 0.0
-    progress(min(first, len(examples)), len(examples))
-    with ThreadPoolExecutor(1, "sidebench-store") as pool:
+    progress(done, total)
+    with closing(_prepared_batches(planned, forwards)) as batches, ThreadPoolExecutor(1, "sidebench-store") as pool:
         storing: Future[str | None] | None = None
-        stored_from = first
-        for start, prepared in _prepared_batches(planned, first, size):
-            begun = time.perf_counter()
-            kept = _forward(planned, prepared)
-            seconds += time.perf_counter() - begun
+        stored_from = 0
+        ahead = set(forwards)
+        for start in sorted({*forwards, *pooled}):
+            store: Callable[[], str | None] = partial(_pool_stored, manifest, planned.offsets, writer, start)
+            if start in ahead:
+                prepared = next(batches)
+                begun = time.perf_counter()
+                kept = _forward(planned, prepared)
+                seconds += time.perf_counter() - begun
+                done += len(prepared)
+                store = partial(_store, planned, writer, kept, start)
             if storing is not None:  # at most one batch waits
                 _settle(planned, storing.result(), stored_from)
-            storing, stored_from = pool.submit(_store, planned, writer, kept, start, len(prepared)), start
-            progress(start + len(prepared), len(examples))
+            storing, stored_from = pool.submit(store), start
+            if start in ahead:
+                progress(done, total)
         if storing is not None:
             _settle(planned, storing.result(), stored_from)
     return seconds
+
+
+def pool_missing(manifest: Manifest, offsets: Offsets, writer: StoreWriter) -> None:
+    """Append the pooled rows the writer misses from layers that are whole on disk: needs neither backbone nor data."""
+    for start in batches_for(manifest, writer.missing("pooled"), offsets):
+        _pool_stored(manifest, offsets, writer, start)
 
 
 def _forward(planned: Plan, prepared: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -68,23 +86,27 @@ def _forward(planned: Plan, prepared: Sequence[Tensor]) -> dict[str, Tensor]:
 
     def keep(value: Tensor) -> Tensor:
         # Cast and select on the device: half the bytes cross to the host, and no full copy waits there.
-        stored = value.to(dtype, copy=True)
+        # Contiguous, as they come back from disk: a sum over tokens in another order may round otherwise, and then a
+        # resumed store would differ in a pooled bit.
+        stored = value.to(dtype, copy=True, memory_format=torch.contiguous_format)
         return (stored if where is None else stored[where]).to("cpu")
 
     return planned.backbone.capture(inputs, planned.manifest.layers, keep)
 
 
-def _store(planned: Plan, writer: StoreWriter, kept: Mapping[str, Tensor], start: int, examples: int) -> str | None:
+def _store(planned: Plan, writer: StoreWriter, kept: Mapping[str, Tensor], start: int) -> str | None:
     """Append a batch; returns the layer that cannot be stored because a value is not finite, or None."""
-    lengths = None if planned.lengths is None else torch.from_numpy(planned.lengths[start : start + examples])
+    stop = _batch_stop(planned, start)
+    lengths = None if planned.lengths is None else torch.from_numpy(planned.lengths[start:stop])
+    first_row = start if planned.offsets is None else int(planned.offsets[start])
     with torch.inference_mode():
         for layer, rows in kept.items():
             pooled = _pool(rows, lengths, planned.backbone.arch.prefix_tokens)
             # A sum over tokens is finite only if all of them are, so the small tensor tells of the large one.
             if not bool(torch.isfinite(pooled).all()) and not bool(torch.isfinite(rows).all()):
                 return layer
-            writer.append(f"layers/{layer}", _as_numpy(rows))
-            writer.append(f"pooled/{layer}", _as_numpy(pooled.to(rows.dtype)))
+            _append(writer, f"layers/{layer}", first_row, rows)
+            _append(writer, f"pooled/{layer}", start, pooled.to(rows.dtype))
     return None
 
 
@@ -111,44 +133,46 @@ def _pool(rows: Tensor, lengths: Tensor | None, prefix_tokens: int) -> Tensor:
     return torch.stack([firsts, total / lengths[:, None]], 1)
 
 
-def _pool_stored(planned: Plan, writer: StoreWriter, start: int, stop: int) -> None:
+def _pool_stored(manifest: Manifest, offsets: Offsets, writer: StoreWriter, start: int) -> None:
     """Pool one canonical batch from the chunks on disk: pooled chunks hold thousands of examples and come late."""
-    dtype = TORCH_DTYPES[planned.manifest.dtype]
-    lengths = None if planned.lengths is None else torch.from_numpy(planned.lengths[start:stop])
-    before = start if planned.lengths is None else int(planned.lengths[:start].sum())
-    count = stop - start if lengths is None else int(lengths.sum())
-    for layer in planned.manifest.layers:
-        rows = torch.from_numpy(writer.stored_rows(f"layers/{layer}", before, before + count)).view(dtype)
-        pooled = _pool(rows, lengths, planned.backbone.arch.prefix_tokens)
-        writer.append(f"pooled/{layer}", _as_numpy(pooled.to(dtype)))
+    dtype = TORCH_DTYPES[manifest.dtype]
+    stop = min(start + batch_size(manifest), manifest.examples)
+    first, last = (start, stop) if offsets is None else (int(offsets[start]), int(offsets[stop]))
+    lengths = None if offsets is None else torch.from_numpy(np.diff(offsets[start : stop + 1]))
+    for path in writer.missing("pooled"):
+        layer = path.removeprefix("pooled/")
+        rows = torch.from_numpy(writer.stored_rows(f"layers/{layer}", first, last)).view(dtype)
+        pooled = _pool(rows, lengths, manifest.architecture.prefix_tokens)
+        _append(writer, path, start, pooled.to(dtype))
 
 
-def _prepared_batches(planned: Plan, first: int, size: int) -> Iterator[tuple[int, Sequence[Tensor]]]:
-    """Canonical batches from example `first` on; the next one is prepared while the caller works on this one."""
-    starts = range(first, len(planned.examples), size)
+def _append(writer: StoreWriter, path: str, row: int, rows: Tensor) -> None:
+    writer.seek(path, row)
+    writer.append(path, _as_numpy(rows))
+
+
+def _prepared_batches(planned: Plan, starts: Sequence[int]) -> Generator[Sequence[Tensor]]:
+    """The canonical batches that begin at `starts`; the next one is prepared while the caller works on this one."""
     with ThreadPoolExecutor(1, "sidebench-prepare") as pool:
         ahead = pool.submit(_prepare, planned, starts[0]) if starts else None
-        for start, following in pairwise([*starts, None]):
-            assert ahead is not None
-            assert start is not None
+        for following in [*starts[1:], None]:
+            if ahead is None:
+                return
             batch = ahead.result()
             ahead = pool.submit(_prepare, planned, following) if following is not None else None
-            yield start, batch
+            yield batch
 
 
 def _prepare(planned: Plan, start: int) -> Sequence[Tensor]:
     """The canonical batch that begins at example `start`."""
-    stop = min(start + int(planned.manifest.forward["batch_size"]), len(planned.examples))
+    stop = _batch_stop(planned, start)
     if planned.prepared is not None:
         return planned.prepared[start:stop]
     return planned.backbone.preprocess.prepare([planned.examples.load(i) for i in range(start, stop)])
 
 
-def _example_of(row: int, offsets: NDArray[np.int64] | None) -> int:
-    """The example that a row of a layer belongs to."""
-    if offsets is None:
-        return row
-    return int(np.searchsorted(offsets, row, side="right")) - 1 if row < offsets[-1] else len(offsets) - 1
+def _batch_stop(planned: Plan, start: int) -> int:
+    return min(start + batch_size(planned.manifest), len(planned.examples))
 
 
 def _not_finite(planned: Plan, layer: str, start: int) -> SidebenchError:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from .errors import SidebenchError, unknown
 from .examples import Examples
 from .load import weights_sha256
 from .manifest import ActivationSpec, Manifest
+from .shares import batch_size
 
 TORCH_DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -26,6 +28,11 @@ class CaptureOptions:
     batch_size: int = 64
 
 
+def options_of(manifest: Manifest) -> CaptureOptions:
+    """The options that make a store of these facts."""
+    return CaptureOptions(manifest.layers, manifest.dtype, batch_size(manifest))
+
+
 @dataclass(frozen=True)
 class Plan:
     """A build that is fully determined but not begun."""
@@ -35,6 +42,11 @@ class Plan:
     manifest: Manifest
     lengths: NDArray[np.int64] | None  # tokens per text
     prepared: list[Tensor] | None  # token ids of every text; images are prepared batch by batch
+
+    @cached_property
+    def offsets(self) -> NDArray[np.int64] | None:
+        """(N+1,) first row of every text; None for images, where a row is an example."""
+        return None if self.lengths is None else np.concatenate([[0], np.cumsum(self.lengths)])
 
 
 def plan(backbone: Backbone, examples: Examples, options: CaptureOptions, *, limit: int | None = None) -> Plan:
@@ -66,6 +78,7 @@ def plan(backbone: Backbone, examples: Examples, options: CaptureOptions, *, lim
         ActivationSpec(layer, None if lengths is not None else int(shapes[layer][1]), int(shapes[layer][2]))
         for layer in layers
     )
+    kept = limit if limit == len(examples) else None  # a limit beyond the data dropped nothing and is no fact
     manifest = Manifest(
         architecture=backbone.arch,
         backbone={
@@ -73,7 +86,7 @@ def plan(backbone: Backbone, examples: Examples, options: CaptureOptions, *, lim
             "config": backbone.config_facts,
         },
         preprocessing=backbone.preprocess.facts(),
-        dataset={"sha256": examples.content_sha256, "examples": len(examples), "limit": limit},
+        dataset={"sha256": examples.content_sha256, "examples": len(examples), "limit": kept},
         forward={"precision": "float32", "attention": _attention(backbone), "batch_size": options.batch_size},
         tokens="all",
         dtype=options.dtype,

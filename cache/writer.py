@@ -4,6 +4,7 @@ import json
 import os
 import queue
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,35 @@ from numpy.typing import NDArray
 from .errors import disk_errors
 from .layout import CHECKSUM_BYTES, GROUP_METADATA, checksum, trailer
 from .manifest import MANIFEST, Manifest, StoredObject, write_manifest
+from .shares import Chunks
 
 NOTES = "notes.json"
 _TEMPORARY = ".partial"
 
 
 class StoreWriter:
-    """Appends rows to every array of a store, then commits. Use under `builder_lock`; call `close` in any case.
+    """Appends rows to arrays of a store, then commits. Use under `builder_lock`; call `close` in any case.
 
     A chunk is encoded once, written under a temporary name, flushed to disk and renamed; the manifest comes last. Rows
     that fall into chunks already whole on disk are dropped, which is all that resuming is.
+
+    With `only` it writes exactly those chunks into a store that somebody else has laid out and commits: a worker its
+    share, a repair the bad ones. With `wanted` a chunk whose bytes are not the stated ones is `refused`, not written.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        only: Chunks | None = None,
+        wanted: Mapping[str, StoredObject] | None = None,
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.write_seconds = 0.0
+        self.refused: list[str] = []
+        self._wanted = wanted
         self._layouts = manifest.arrays()
         self._objects: dict[str, StoredObject] = {}
         self._position = dict.fromkeys(self._layouts, 0)
@@ -36,16 +50,27 @@ class StoreWriter:
         self._queue: queue.Queue[tuple[str, NDArray[Any]] | None] = queue.Queue(maxsize=2 * len(manifest.specs))
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
-        with disk_errors(folder):
-            self._lay_out()
-        self._whole = {path: self._whole_chunks(path) for path in self._layouts}
-        self.resumed_chunks = sum(len(chunks) for chunks in self._whole.values())
+        if only is None:
+            with disk_errors(folder):
+                self._lay_out()
+            self._missing = {path: set(range(layout.chunks)) for path, layout in self._layouts.items()}
+            self.resumed_chunks = self.look_again()
+        else:
+            self._missing = {path: set(only.get(path, ())) for path in self._layouts}
+            self.resumed_chunks = 0
 
-    def first_missing_row(self, path: str) -> int:
-        """The first row of array `path` that is not on disk in a whole chunk."""
-        layout, whole = self._layouts[path], self._whole[path]
-        chunk = next((c for c in range(layout.chunks) if c not in whole), layout.chunks)
-        return min(chunk * layout.chunk_rows, layout.shape[0])
+    def missing(self, kind: str) -> Chunks:
+        """Chunks still to be written of the arrays below `kind` ("layers" or "pooled")."""
+        return {p: sorted(chunks) for p, chunks in self._missing.items() if chunks and p.startswith(f"{kind}/")}
+
+    def look_again(self) -> int:
+        """Take what somebody else has made whole on disk off the missing chunks; returns how many that were."""
+        found = 0
+        for path, missing in self._missing.items():
+            whole = {chunk for chunk in sorted(missing) if self._is_whole(path, chunk)}
+            missing -= whole
+            found += len(whole)
+        return found
 
     def seek(self, path: str, row: int) -> None:
         """Say that the next rows appended to `path` start at `row`."""
@@ -58,7 +83,7 @@ class StoreWriter:
             position = self._position[path]
             chunk, offset = divmod(position, layout.chunk_rows)
             taken = min(layout.chunk_rows - offset, len(rows))
-            if chunk not in self._whole[path]:
+            if chunk in self._missing[path]:
                 self._fill(path, chunk, offset, rows[:taken])
             self._position[path] = position + taken
             rows = rows[taken:]
@@ -77,17 +102,16 @@ class StoreWriter:
     def commit(self, notes: dict[str, Any], ids: tuple[str, ...]) -> None:
         """Flush everything, then write the manifest: from here on the store can be opened."""
         with disk_errors(self.folder):
-            self._put_object("ids.json", json.dumps(list(ids), ensure_ascii=True, indent=0).encode())
-        self._drain()
-        short = [path for path, layout in self._layouts.items() if len(self._whole[path]) != layout.chunks]
-        if short:
+            self._put_object("ids.json", ids_json(ids))
+        self.finish()
+        if short := [path for path, missing in self._missing.items() if missing]:
             raise AssertionError(f"commit before {short[0]} is complete")
         with disk_errors(self.folder):
             for leftover in self.folder.rglob(f"*{_TEMPORARY}"):
                 leftover.unlink()
-            _replace(self.folder / NOTES, (json.dumps(notes, indent=1, sort_keys=True) + "\n").encode())
-            _flush_folders(self.folder)
-            _replace(self.folder / MANIFEST, write_manifest(self.manifest, self._objects).encode())
+            replace_file(self.folder / NOTES, (json.dumps(notes, indent=1, sort_keys=True) + "\n").encode())
+            flush_folders(self.folder)
+            replace_file(self.folder / MANIFEST, write_manifest(self.manifest, self._objects).encode())
             _flush(self.folder)
 
     def close(self) -> None:
@@ -109,27 +133,22 @@ class StoreWriter:
         target = self.folder / path
         if not target.is_file() or target.read_bytes() != payload:
             target.parent.mkdir(parents=True, exist_ok=True)
-            _replace(target, payload)
+            replace_file(target, payload)
         self._objects[path] = StoredObject(len(payload), checksum(payload))
 
-    def _whole_chunks(self, path: str) -> set[int]:
-        """Chunks on disk with the right length and checksum; anything else there is removed."""
-        layout, found = self._layouts[path], set()
-        for chunk in range(layout.chunks):
-            key = f"{path}/{layout.chunk_key(chunk)}"
-            target = self.folder / key
-            if not target.exists():
-                continue
-            data = np.fromfile(target, dtype=np.uint8) if target.stat().st_size == layout.object_bytes else None
-            if (
-                data is not None
-                and trailer(crc := checksum(data[:-CHECKSUM_BYTES])) == data[-CHECKSUM_BYTES:].tobytes()
-            ):
-                self._objects[key] = StoredObject(layout.object_bytes, crc)
-                found.add(chunk)
-            else:
-                target.unlink()
-        return found
+    def _is_whole(self, path: str, chunk: int) -> bool:
+        """Whether a chunk on disk has the right length and checksum; anything else there is removed."""
+        layout = self._layouts[path]
+        key = f"{path}/{layout.chunk_key(chunk)}"
+        target = self.folder / key
+        if not target.exists():
+            return False
+        data = np.fromfile(target, dtype=np.uint8) if target.stat().st_size == layout.object_bytes else None
+        if data is not None and trailer(crc := checksum(data[:-CHECKSUM_BYTES])) == data[-CHECKSUM_BYTES:].tobytes():
+            self._objects[key] = StoredObject(layout.object_bytes, crc)
+            return True
+        target.unlink()
+        return False
 
     def _fill(self, path: str, chunk: int, offset: int, rows: NDArray[Any]) -> None:
         layout = self._layouts[path]
@@ -140,7 +159,7 @@ class StoreWriter:
         end = min((chunk + 1) * layout.chunk_rows, layout.shape[0])
         if chunk * layout.chunk_rows + offset + len(rows) == end:
             del self._buffers[path]
-            self._whole[path].add(chunk)
+            self._missing[path].discard(chunk)
             self._hand_over(f"{path}/{layout.chunk_key(chunk)}", buffer)
 
     def _hand_over(self, key: str, buffer: NDArray[Any]) -> None:
@@ -149,9 +168,10 @@ class StoreWriter:
             self._thread.start()
         self._queue.put((key, buffer))
         if self._failure is not None:
-            self._drain()
+            self.finish()
 
-    def _drain(self) -> None:
+    def finish(self) -> None:
+        """Wait until all chunks handed over are on disk. Raises what the writing thread met."""
         self.close()
         if self._failure is not None:
             with disk_errors(self.folder):
@@ -166,17 +186,28 @@ class StoreWriter:
             key, buffer = item
             started = perf_counter()
             try:
-                crc = checksum(buffer)
-                target = self.folder / key
-                target.parent.mkdir(parents=True, exist_ok=True)
-                _replace(target, buffer.reshape(-1).view(np.uint8).data, trailer(crc))
-                self._objects[key] = StoredObject(buffer.nbytes + CHECKSUM_BYTES, crc)
+                self._write_chunk(key, buffer)
             except Exception as error:  # a dead thread would leave the other side waiting for ever
                 self._failure = error
             self.write_seconds += perf_counter() - started
 
+    def _write_chunk(self, key: str, buffer: NDArray[Any]) -> None:
+        made = StoredObject(buffer.nbytes + CHECKSUM_BYTES, checksum(buffer))
+        if self._wanted is not None and self._wanted[key] != made:
+            self.refused.append(key)
+            return
+        target = self.folder / key
+        target.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(target, buffer.reshape(-1).view(np.uint8).data, trailer(made.crc32c))
+        self._objects[key] = made
 
-def _replace(target: Path, *parts: Any) -> None:
+
+def ids_json(ids: Sequence[str]) -> bytes:
+    """The bytes of ids.json."""
+    return json.dumps(list(ids), ensure_ascii=True, indent=0).encode()
+
+
+def replace_file(target: Path, *parts: Any) -> None:
     """Write a file so that it is either absent or whole, also after a power cut."""
     temporary = target.with_name(target.name + _TEMPORARY)
     with open(temporary, "wb", buffering=0) as file:
@@ -196,7 +227,8 @@ def _flush(folder: Path) -> None:
         os.close(handle)
 
 
-def _flush_folders(folder: Path) -> None:
+def flush_folders(folder: Path) -> None:
+    """Make the names of a store's files survive a power cut."""
     for path in folder.rglob("*"):
         if path.is_dir():
             _flush(path)

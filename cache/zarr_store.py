@@ -166,8 +166,8 @@ class ZarrStore(Store):
 
     def _damaged(self, name: str, reason: str) -> SidebenchError:
         return SidebenchError(
-            f"the activation cache {self.folder} is damaged: {name}: {reason}. See all of it with "
-            f"`bench cache verify {self.folder}`; `bench cache rm {self.folder}` and a new build mend it."
+            f"the activation cache {self.folder} is damaged: {name}: {reason}. "
+            f"`bench cache verify {self.folder}` shows all of it, with --repair it recomputes what is bad."
         )
 
 
