@@ -1,7 +1,9 @@
 """The command line: parse, call one function, print. Nothing heavy is imported before a command needs it."""
 
+import io
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +25,9 @@ class Guarded(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command. Any other exception is a bug and shows its traceback."""
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the run in its own process would go on alone
         try:
             return super().invoke(ctx)
         except SidebenchError as error:
@@ -76,11 +81,15 @@ def cache_build(
     limit: Limit = None,
     split_seed: SplitSeed = 0,
     device: Device = "auto",
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that build; the store is the same for any number.")
+    ] = 1,
     cache_dir: CacheDir = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Run the frozen backbone once over a task and keep its activations; finds or resumes an earlier build."""
+    from .bench.build_workers import LocalWorkers
     from .bench.prepare import Inputs, build_store, plan_store, prepare
     from .bench.tasks.split import split
     from .cache.home import home
@@ -90,7 +99,8 @@ def cache_build(
         prepared = prepare(inputs, home=home(), cache_dir=_cache_dir(cache_dir), say=display.say)
         sizes = split(prepared.task, split_seed).sizes()
         planned = plan_store(prepared, _capture(layers, dtype, batch_size))
-        result = build_store(prepared, planned, progress=display.examples, say=display.say)
+        local = LocalWorkers(workers, prepared, planned, home())
+        result = build_store(prepared, planned, progress=display.examples, say=display.say, workers=local)
     document = {
         "status": result.status,
         "digest": result.manifest.digest,
@@ -153,8 +163,16 @@ def cache_info(store: Store, cache_dir: CacheDir = None, as_json: AsJson = False
 
 
 @cache_app.command("verify")
-def cache_verify(store: Store, cache_dir: CacheDir = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Read every object of a cache and compare it with the manifest; exit code 1 when something is bad."""
+def cache_verify(
+    store: Store,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Recompute what is bad from the same backbone and task.")
+    ] = False,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Read every object of a cache and compare it with the manifest; exit code 1 when something is (still) bad."""
     from dataclasses import asdict
 
     from .cache.catalog import locate
@@ -162,12 +180,86 @@ def cache_verify(store: Store, cache_dir: CacheDir = None, as_json: AsJson = Fal
     from .cache.zarr_store import verify
 
     folder = locate(store, _cache_dir(cache_dir))
-    bad = verify(folder)
+    repaired: dict[str, int] = {}
+    if repair:
+        from .bench.repair import repair_store
+        from .cache.home import home
+
+        with _display(quiet) as display:
+            mended = repair_store(
+                folder, home=home(), cache_dir=_cache_dir(cache_dir), progress=display.examples, say=display.say
+            )
+        bad, repaired = mended.bad, {"repaired": mended.repaired}
+    else:
+        bad = verify(folder)
     chunks = sum(layout.chunks for layout in read_manifest(folder)[0].arrays().values())
-    lines = [f"{b.layer} {b.chunk}: {b.reason}" for b in bad] or [f"all {chunks} chunks are as written"]
-    _print({"ok": not bad, "chunks": chunks, "bad": [asdict(b) for b in bad]}, as_json, "\n".join(lines))
+    lines = [f"repaired: {mended.repaired}"] if repair else []
+    lines += [f"{b.layer} {b.chunk}: {b.reason}" for b in bad] or [f"all {chunks} chunks are as written"]
+    document = {"ok": not bad, "chunks": chunks, "bad": [asdict(b) for b in bad], **repaired}
+    _print(document, as_json, "\n".join(lines))
     if bad:
         raise typer.Exit(1)
+
+
+@cache_app.command("export")
+def cache_export(
+    store: Store,
+    to: Annotated[Path, typer.Option(help="The HDF5 file to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a cache as one HDF5 file: every array, and the manifest as an attribute."""
+    from .cache.catalog import locate
+    from .cache.export import export_store
+
+    folder = locate(store, _cache_dir(cache_dir))
+    with _display(quiet) as display:
+        size = export_store(folder, to, force=force, progress=display.examples)
+    _print({"path": str(folder), "file": str(to), "bytes": size}, as_json, f"exported: {to} ({size:,} bytes)")
+
+
+@cache_app.command("import")
+def cache_import(
+    file: Annotated[Path, typer.Argument(help="An exported cache, or features: one HDF5 dataset per layer.")],
+    task: Annotated[str | None, typer.Option(help="The task the features are of; its order unless `ids` says.")] = None,
+    backbone_name: Annotated[str | None, typer.Option(help="For `bench compare --backbone imported:NAME`.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Datasets in forward order. Default: all, layer.2 before layer.10.")
+    ] = None,
+    prefix_tokens: Annotated[int, typer.Option(min=0, help="Leading tokens that no mean includes (class token).")] = 0,
+    limit: Limit = None,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a cache of an HDF5 file: an exported cache, or features (N, T, D) or (N, D) per layer."""
+    from .bench.importing import import_hdf5
+    from .cache.features import ImportOptions
+    from .cache.home import home
+
+    keys = None if layers is None else tuple(key for key in layers.split(",") if key)
+    with _display(quiet) as display:
+        result = import_hdf5(
+            file,
+            task,
+            ImportOptions(backbone_name, keys, prefix_tokens, limit),
+            home=home(),
+            cache_dir=_cache_dir(cache_dir),
+            progress=display.examples,
+            say=display.say,
+        )
+    document = {
+        "status": result.status,
+        "digest": result.manifest.digest,
+        "path": str(result.folder),
+        "examples": result.manifest.examples,
+        "layers": list(result.manifest.layers),
+        "keys": result.manifest.backbone.get("keys"),
+        "bytes": result.manifest.stored_bytes,
+    }
+    _print(document, as_json, f"{result.status}: {result.folder} ({result.manifest.stored_bytes:,} bytes)")
 
 
 @cache_app.command("rm")
@@ -220,6 +312,7 @@ def compare(
     """Train and test methods on one backbone and task, and report accuracy, memory and time side by side."""
     from .bench.compare import Request, compare
     from .bench.prepare import Inputs
+    from .bench.record import write_text
     from .bench.report import failures, markdown, print_table, skipped, verdicts
     from .bench.table import comparisons, document, rows
     from .cache.home import home
@@ -245,7 +338,7 @@ def compare(
             request, home=home(), cache_dir=_cache_dir(cache_dir), runs_dir=runs_dir, listener=display.listener()
         )
     table, compared, report = rows(outcome), comparisons(outcome), outcome.folder / "report.md"
-    report.write_text(markdown(outcome, table, compared), "utf-8")
+    write_text(report, markdown(outcome, table, compared))
     if as_json:
         print(json.dumps(document(outcome, table, compared, report), indent=1))
     else:

@@ -10,11 +10,10 @@ from typing import Any
 from .. import __version__
 from ..adapters._base import CachedMethod, FittedMethod, Method
 from ..adapters._registry import Named, find_method, known_methods
-from ..cache.backbone import Architecture
 from ..cache.build import BuildResult, CaptureOptions, Plan
 from ..cache.catalog import read_notes
 from ..cache.errors import SidebenchError, unknown
-from ..cache.manifest import canonical_json
+from ..cache.manifest import Manifest, canonical_json, missing_layers
 from .launch import Listener, failed, run_once, with_chosen_lr
 from .prepare import Inputs, Prepared, plan_store, prepare, resolve_device, store_for
 from .record import Job, RunRecord
@@ -22,6 +21,7 @@ from .tasks.base import Split
 from .tasks.split import split as split_task
 from .worker import SPLIT, write_split
 
+_NO_NETWORK = "it trains inside the backbone, and imported features have no network behind them"
 AUTO_FACTORS = (0.3, 1.0, 3.0)  # --lr auto: the method's own default and its neighbours, equally many for every method
 
 
@@ -72,9 +72,11 @@ def compare(
     rates = {name: learning_rates(request.lr, method) for name, method in configured.items()}
     prepared = prepare(request.inputs, home=home, cache_dir=cache_dir, say=listener.say)
     parts = split_task(prepared.task, request.split_seed)
-    chosen, skipped = _accepted(configured, prepared.backbone.arch, by_name=request.methods)
-    planned = plan_store(prepared, request.capture)
-    facts = _data_facts(planned)
+    chosen, skipped = _accepted(configured, prepared, by_name=request.methods)
+    planned = None if prepared.imported else plan_store(prepared, request.capture)
+    source = planned or prepared.imported
+    assert source is not None
+    facts = _data_facts(source.manifest)
     folder = runs_dir / _folder_name(request, facts)
     _begin_folder(folder, parts)
     built = _store(request, prepared, planned, chosen, listener)
@@ -121,10 +123,15 @@ def _check_settings(settings: Mapping[str, Mapping[str, str]], named: Sequence[N
 
 
 def _accepted(
-    configured: Mapping[str, Method], arch: Architecture, *, by_name: Sequence[str]
+    configured: Mapping[str, Method], prepared: Prepared, *, by_name: Sequence[str]
 ) -> tuple[dict[str, Method], dict[str, str]]:
     """Methods that can run and why the others cannot; one asked for by its name, not by "all", must."""
-    skipped = {name: reason for name, m in configured.items() if (reason := m.refusal(arch)) is not None}
+    arch = prepared.arch
+    reasons = {
+        name: m.refusal(arch) if prepared.backbone or isinstance(m, CachedMethod | FittedMethod) else _NO_NETWORK
+        for name, m in configured.items()
+    }
+    skipped = {name: reason for name, reason in reasons.items() if reason is not None}
     for name, reason in skipped.items():
         if name in by_name:
             raise SidebenchError(f"{name} cannot run on {arch.name}: {reason}.")
@@ -132,10 +139,10 @@ def _accepted(
 
 
 def _store(
-    request: Request, prepared: Prepared, planned: Plan, methods: Mapping[str, Method], listener: Listener
+    request: Request, prepared: Prepared, planned: Plan | None, methods: Mapping[str, Method], listener: Listener
 ) -> BuildResult | None:
     """The store that the cached methods of this comparison read; None when there are none."""
-    arch = prepared.backbone.arch
+    arch = prepared.arch
     wanted: list[str] = []
     for method in methods.values():
         if isinstance(method, CachedMethod):
@@ -144,6 +151,8 @@ def _store(
             wanted.append(arch.final_layer)
     if not wanted:
         return None
+    if planned is None:
+        return _imported(request, prepared, wanted)
     return store_for(
         prepared,
         planned,
@@ -152,6 +161,20 @@ def _store(
         progress=listener.build_progress,
         say=listener.say,
     )
+
+
+def _imported(request: Request, prepared: Prepared, wanted: Sequence[str]) -> BuildResult:
+    """The store of imported features, if it covers what the methods read."""
+    if request.capture.layers:
+        raise SidebenchError("--layers is chosen when features are imported (`bench cache import`); leave it out here.")
+    assert prepared.imported is not None
+    manifest = prepared.imported.manifest
+    if lacking := missing_layers(wanted, manifest):
+        raise SidebenchError(
+            f"{prepared.inputs.backbone} holds {', '.join(manifest.layers)}, the methods also read "
+            f"{', '.join(lacking)}; import more layers, or leave the method out."
+        )
+    return prepared.imported
 
 
 def _begin_folder(folder: Path, parts: Split) -> None:
@@ -163,12 +186,12 @@ def _begin_folder(folder: Path, parts: Split) -> None:
         raise SidebenchError(f"cannot write to {folder}: {error.strerror}. Choose another with --runs-dir.") from error
 
 
-def _data_facts(planned: Plan) -> dict[str, str]:
+def _data_facts(manifest: Manifest) -> dict[str, str]:
     """Hashes of what the runs are about, so that a record is reused only for the same data and weights."""
-    manifest = planned.manifest
+    backbone = manifest.backbone
     return {
         "dataset": str(manifest.dataset["sha256"]),
-        "weights": str(manifest.backbone["weights_sha256"]),
+        "weights": str(backbone.get("weights_sha256") or backbone.get("features_sha256")),
         "preprocessing": hashlib.sha256(canonical_json(manifest.preprocessing).encode()).hexdigest(),
     }
 
@@ -267,4 +290,5 @@ def _store_facts(built: BuildResult) -> dict[str, Any]:
         "layers": list(built.manifest.layers),
         "build_seconds": notes.get("build_seconds"),
         "status": built.status,
+        "imported_keys": built.manifest.backbone.get("keys"),
     }

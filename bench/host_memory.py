@@ -10,6 +10,8 @@ from typing import Protocol
 
 _STATUS = Path("/proc/self/status")
 _FIELDS = {"RssAnon": "anonymous", "VmRSS": "resident"}
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_SMALL, _LARGE = 2**17, 2**25  # glibc's first threshold, and the one it ends at once blocks of 32 MiB were freed
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class HostMeter:
     """Measure what runs inside the `with` block; read `result()` after it.
 
     At entry garbage is collected and the C library gives its free pages back, else the block could grow into memory
-    that the process already held and show nothing.
+    that the process already held and show nothing. Inside, glibc returns every freed block above 128 KiB to the system
+    at once; left alone it keeps them, and the figure would be its free list (many times the tensors alive, for a solver
+    that makes and drops large ones).
     """
 
     def __init__(self, interval_seconds: float = 0.002) -> None:
@@ -48,6 +52,7 @@ class HostMeter:
 
     def __enter__(self) -> "HostMeter":
         gc.collect()
+        _keep_freed_blocks_up_to(_SMALL)
         _give_free_pages_back()
         self._probe, self._unavailable = _choose_probe()
         self._baseline = self._probe.read_bytes() if self._probe else {}
@@ -62,6 +67,7 @@ class HostMeter:
         if self._probe:
             self._thread.join()
             self._sample(self._probe)
+        _keep_freed_blocks_up_to(_LARGE)  # fast again, and alike for every method whatever it freed before
         above = {name: self._peak[name] - start for name, start in self._baseline.items()}
         self._result = HostMemory(
             peak_anonymous_bytes=above.get("anonymous"),
@@ -119,6 +125,16 @@ def _choose_probe() -> tuple[_Probe | None, dict[str, str]]:
         return _Psutil(), {"peak_anonymous_bytes": f"{why}; the resident memory counts mapped files too"}
     except ImportError:
         return None, {"peak_anonymous_bytes": why, "peak_resident_bytes": f"{why}, and psutil is not installed"}
+
+
+def _keep_freed_blocks_up_to(size_bytes: int) -> None:
+    """Larger blocks are mapped, and unmapped when freed."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return  # not glibc
+    mallopt(_M_MMAP_THRESHOLD, size_bytes)
+    mallopt(_M_TRIM_THRESHOLD, 2 * size_bytes)
 
 
 def _give_free_pages_back() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -88,14 +89,15 @@ def _finished(path: Path) -> RunRecord | None:
 
 def spawn(job: Job, folder: Path, listener: Listener) -> str | None:
     """Run a job in a fresh interpreter; returns None, or the sentence that says how it failed."""
-    job_path = folder / f"{job.stem}.job.json"
+    # A name of this process's own: another comparison of the same job would remove the file before it is read.
+    job_path = folder / f"{job.stem}.{os.getpid()}.job.json"
     write_json(job_path, dataclasses.asdict(job))
     log_path = folder / f"{job.stem}.log"
     listener.run_event(job, {"event": "started"})
     message: str | None = None
     command = [sys.executable, "-P", "-m", f"{__package__}.worker", str(job_path)]
     with open(log_path, "w", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, encoding="utf-8", errors="replace")
         try:
             assert process.stdout is not None
             for line in process.stdout:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from ..cache.backbone import Backbone
-from ..cache.build import BuildResult, CaptureOptions, Plan, Progress, build, plan
-from ..cache.catalog import find_store, nearest_mismatch
+from ..cache.backbone import Architecture, Backbone
+from ..cache.build import BuildResult, CaptureOptions, Plan, Progress, Workers, build, plan
+from ..cache.catalog import find_store, imported_store, nearest_mismatch
 from ..cache.errors import SidebenchError
-from ..cache.load import load_backbone
+from ..cache.load import IMPORTED, load_backbone
 from ..cache.manifest import Manifest, missing_layers
 from .tasks.base import Task
 from .tasks.load import load_task
@@ -32,17 +32,35 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Both loaded, and where to look for stores."""
+    """Both loaded, and where to look for stores. Imported features have a store and no backbone."""
 
     inputs: Inputs
-    backbone: Backbone
+    backbone: Backbone | None
     task: Task
     cache_dir: Path
+    imported: BuildResult | None = None
+
+    @property
+    def arch(self) -> Architecture:
+        """What is known of the backbone."""
+        return self.network.arch if self.imported is None else self.imported.manifest.architecture
+
+    @property
+    def network(self) -> Backbone:
+        """The backbone itself. Raises SidebenchError when there is none behind the features."""
+        if self.backbone is None:
+            raise SidebenchError(
+                f"{self.inputs.backbone} has no network behind it, so nothing can be built from it; "
+                "`bench cache import` brings features in, `bench compare` reads them."
+            )
+        return self.backbone
 
 
 def prepare(inputs: Inputs, *, home: Path, cache_dir: Path, say: Say) -> Prepared:
     """Load task and backbone. The task first: it is the quicker one to be wrong."""
     task = load_task(inputs.task, home=home, limit=inputs.limit, say=say)
+    if inputs.backbone.startswith(IMPORTED):
+        return _prepare_imported(inputs, task, cache_dir)
     backbone = load_backbone(
         inputs.backbone,
         home=home,
@@ -54,15 +72,30 @@ def prepare(inputs: Inputs, *, home: Path, cache_dir: Path, say: Say) -> Prepare
     return Prepared(inputs, backbone, task, cache_dir)
 
 
+def _prepare_imported(inputs: Inputs, task: Task, cache_dir: Path) -> Prepared:
+    if inputs.image_size is not None or inputs.max_length is not None:
+        raise SidebenchError(
+            f"--image-size and --max-length say how a backbone reads; {inputs.backbone} was computed elsewhere. "
+            "Leave them out."
+        )
+    name = inputs.backbone.removeprefix(IMPORTED)
+    folder, manifest = imported_store(cache_dir, name, task.examples.content_sha256, task.uri)
+    return Prepared(inputs, None, task, cache_dir, BuildResult("exists", folder, manifest))
+
+
 def plan_store(prepared: Prepared, options: CaptureOptions) -> Plan:
     """The plan of this backbone on this task."""
-    return plan(prepared.backbone, prepared.task.examples, options, limit=prepared.inputs.limit)
+    return plan(prepared.network, prepared.task.examples, options, limit=prepared.inputs.limit)
 
 
-def build_store(prepared: Prepared, planned: Plan, *, progress: Progress, say: Say) -> BuildResult:
-    """Build, resume or find the store of a plan."""
-    notes = {"backbone": prepared.inputs.backbone, "task": prepared.inputs.task}
-    return build(planned, prepared.cache_dir, notes=notes, progress=progress, say=say)
+def build_store(
+    prepared: Prepared, planned: Plan, *, progress: Progress, say: Say, workers: Workers | None = None
+) -> BuildResult:
+    """Build, resume or find the store of a plan. Its notes say how to make the same plan again."""
+    inputs = prepared.inputs
+    notes = {name: getattr(inputs, name) for name in ("backbone", "task", "image_size", "max_length", "limit")}
+    notes["device"] = prepared.network.device.type
+    return build(planned, prepared.cache_dir, notes=notes, progress=progress, say=say, workers=workers)
 
 
 def store_for(

@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,12 +85,37 @@ class RunRecord:
     error: str | None = None
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes `path` when the block ends, so the file is either the old one or the whole new one.
+
+    The name is this process's own: another comparison may write into the same folder. Raises SidebenchError when the
+    disk is full or read-only.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise SidebenchError(
+            f"cannot write {path} ({error.strerror or error}); make room, or choose another folder with --runs-dir. "
+            "Finished runs are kept."
+        ) from error
+    finally:
+        with suppress(OSError):  # gone, where all went well
+            temporary.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is either the old one or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", "utf-8")
-    os.replace(temporary, path)
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def read_record(path: Path) -> RunRecord:
@@ -105,9 +131,8 @@ def write_predictions(
     path: Path, ids: tuple[str, ...], logits: NDArray[np.float32], targets: NDArray[np.int64]
 ) -> None:
     """Keep ids, logits (N, K) and targets of the test part as npz without pickle."""
-    temporary = path.with_name(path.name + ".partial.npz")
-    np.savez(temporary, ids=np.array(ids, dtype=np.str_), logits=logits, targets=targets)
-    os.replace(temporary, path)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, ids=np.array(ids, dtype=np.str_), logits=logits, targets=targets)
 
 
 def read_predictions(path: Path) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

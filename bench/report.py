@@ -138,6 +138,8 @@ def _cache(store: Mapping[str, Any]) -> str:
     built = (
         f"built in {seconds:.1f} s" if isinstance(seconds, int | float) else "built over several sessions, time unknown"
     )
+    if keys := store.get("imported_keys"):
+        built = f"imported from features called {', '.join(_text(str(key)) for key in keys)}, made elsewhere"
     return (
         f"`{store['digest'][:16]}`: {store['bytes'] / _MIB:,.1f} MiB, {store['dtype']}, "
         f"{len(store['layers'])} layers ({', '.join(_text(layer) for layer in store['layers'])}), {built}."

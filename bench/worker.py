@@ -28,7 +28,7 @@ from .device_memory import DeviceMeter
 from .environment import environment
 from .learner import CachedSource, Learner, LiveSource, Source, longest_batch
 from .measure import Memory, measure_fit, measure_training
-from .record import Cost, Job, RunRecord, write_json, write_predictions
+from .record import Cost, Job, RunRecord, replacing, write_json, write_predictions
 from .tasks.base import Pooling, Split
 from .training import Diverged, Settings, accuracy, load_trained, predict, snapshot, train
 
@@ -210,7 +210,7 @@ class seeded:
 
 def write_split(path: Path, split: Split) -> None:
     """Keep the parts of the task beside the runs that used them."""
-    with open(path, "wb") as file:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, train=split.train, val=split.val, test=split.test)
 
 

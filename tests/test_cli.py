@@ -569,6 +569,26 @@ def test_ctrl_c_in_a_build_exits_130_and_the_same_command_goes_on(home: Path, tm
     shutil.rmtree(home)
 
 
+def test_a_termination_signal_stops_like_ctrl_c_and_leaves_no_run_behind(
+    bench: Bench, inputs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signal, "SIGTERM", signal.SIGUSR1)  # so that a command which ignores it does not end the tests
+    usual = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    monkeypatch.setattr(preparing, "load_backbone", lambda *_, **__: os.kill(os.getpid(), signal.SIGUSR1))
+    try:
+        result = bench("cache", "build", *inputs)
+    finally:
+        signal.signal(signal.SIGUSR1, usual)
+    assert result.exit_code == 130
+    assert "To go on: bench cache build" in result.stderr
+
+
+def test_a_name_that_the_terminals_encoding_lacks_is_escaped(home: Path) -> None:
+    result = CliRunner(charset="ascii").invoke(app, ["cache", "ls", "--cache-dir", "ünï"])
+    assert result.exit_code == 0, result.exception
+    assert result.stdout == "no caches in \\xfcn\\xef\n"
+
+
 def test_a_bug_shows_its_traceback(bench: Bench, inputs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError("a bug")

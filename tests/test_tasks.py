@@ -185,6 +185,13 @@ def test_a_damaged_memo_of_hashes_only_costs_a_reread(tmp_path: Path, damage: by
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.png", "hashes.json"]
 
 
+def test_a_memo_that_cannot_be_written_only_costs_a_reread(tmp_path: Path) -> None:
+    path = _image(tmp_path / "a.png")
+    (tmp_path / "file").touch()
+    want = contents.file_hashes([path], tmp_path / "hashes.json")
+    assert contents.file_hashes([path], tmp_path / "file" / "hashes.json") == want
+
+
 def test_a_remembered_hash_that_is_none_is_not_believed(tmp_path: Path) -> None:
     path, memo = _image(tmp_path / "a.png"), tmp_path / "hashes.json"
     want = contents.file_hashes([path], memo)

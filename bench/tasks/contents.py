@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -95,7 +96,8 @@ def file_hashes(paths: Iterable[Path], memo: Path) -> list[str]:
         if time.time_ns() - facts.st_mtime_ns > _SETTLED_NS:
             fresh[key] = (facts.st_size, facts.st_mtime_ns, digest)
     if fresh:
-        _remember(memo, {**known, **fresh})
+        with suppress(OSError):  # a disk that is full or read-only: the next comparison reads the images again
+            _remember(memo, {**known, **fresh})
     return hashes
 
 
