@@ -15,6 +15,7 @@ from .catalog import read_notes
 from .errors import SidebenchError
 from .layout import CHECKSUM_BYTES, ArrayLayout, checksum, trailer
 from .manifest import MANIFEST, Manifest, StoredObject, read_manifest
+from .writer import flush
 
 MANIFEST_ATTRIBUTE = "sidebench_manifest"
 NOTES_ATTRIBUTE = "sidebench_notes"
@@ -47,7 +48,7 @@ def export_store(folder: Path, to: Path, *, force: bool = False, progress: Progr
             _write_ids(file, ids)
             file.attrs[MANIFEST_ATTRIBUTE] = text
             file.attrs[NOTES_ATTRIBUTE] = json.dumps(read_notes(folder))
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, to)
     except (OSError, RuntimeError) as error:
         raise SidebenchError(f"writing {to} failed: {error}. Nothing of it is left; choose another place.") from error
@@ -114,11 +115,3 @@ def _write_ids(file: Any, ids: bytes) -> None:
     # HDF5 strings hold neither a NUL nor half a surrogate pair: here they are spelled out.
     names = [str(n).replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode() for n in json.loads(ids)]
     file.create_dataset("ids", data=names, dtype=h5py.string_dtype())
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

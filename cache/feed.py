@@ -1,6 +1,6 @@
 """From a store to training batches: the order is a pure function of the seed, the next batch is read ahead."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -31,7 +31,7 @@ def activation_batches(
     return ahead(batches, lambda index: (index, store.read(index, layers)))
 
 
-def ahead(items: Sequence[S], make: Callable[[S], T]) -> Iterator[T]:
+def ahead(items: Sequence[S], make: Callable[[S], T]) -> Generator[T]:
     """Yield make(item) for every item, the next one computed in a thread meanwhile; its errors are raised here.
 
     One ahead is enough to overlap, and no more than two results exist at a time: the caller's and the next.

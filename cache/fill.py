@@ -4,7 +4,7 @@ Two cores, so three things overlap: the next batch is prepared, this one is comp
 """
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import SidebenchError
+from .feed import ahead
 from .manifest import Manifest
 from .planning import TORCH_DTYPES, Plan
 from .shares import Offsets, batch_size, batches_for
@@ -47,13 +48,16 @@ def compute(planned: Plan, writer: StoreWriter, progress: Progress) -> float:
     done = total - sum(_batch_stop(planned, start) - start for start in forwards)
     seconds = 0.0
     progress(done, total)
-    with closing(_prepared_batches(planned, forwards)) as batches, ThreadPoolExecutor(1, "sidebench-store") as pool:
+    with (
+        closing(ahead(forwards, partial(_prepare, planned))) as batches,
+        ThreadPoolExecutor(1, "sidebench-store") as pool,
+    ):
         storing: Future[str | None] | None = None
         stored_from = 0
-        ahead = set(forwards)
+        computed = set(forwards)
         for start in sorted({*forwards, *pooled}):
             store: Callable[[], str | None] = partial(_pool_stored, manifest, planned.offsets, writer, start)
-            if start in ahead:
+            if start in computed:
                 prepared = next(batches)
                 begun = time.perf_counter()
                 kept = _forward(planned, prepared)
@@ -63,7 +67,7 @@ def compute(planned: Plan, writer: StoreWriter, progress: Progress) -> float:
             if storing is not None:  # at most one batch waits
                 _settle(planned, storing.result(), stored_from)
             storing, stored_from = pool.submit(store), start
-            if start in ahead:
+            if start in computed:
                 progress(done, total)
         if storing is not None:
             _settle(planned, storing.result(), stored_from)
@@ -149,18 +153,6 @@ def _pool_stored(manifest: Manifest, offsets: Offsets, writer: StoreWriter, star
 def _append(writer: StoreWriter, path: str, row: int, rows: Tensor) -> None:
     writer.seek(path, row)
     writer.append(path, _as_numpy(rows))
-
-
-def _prepared_batches(planned: Plan, starts: Sequence[int]) -> Generator[Sequence[Tensor]]:
-    """The canonical batches that begin at `starts`; the next one is prepared while the caller works on this one."""
-    with ThreadPoolExecutor(1, "sidebench-prepare") as pool:
-        ahead = pool.submit(_prepare, planned, starts[0]) if starts else None
-        for following in [*starts[1:], None]:
-            if ahead is None:
-                return
-            batch = ahead.result()
-            ahead = pool.submit(_prepare, planned, following) if following is not None else None
-            yield batch
 
 
 def _prepare(planned: Plan, start: int) -> Sequence[Tensor]:

@@ -112,7 +112,7 @@ class StoreWriter:
             replace_file(self.folder / NOTES, (json.dumps(notes, indent=1, sort_keys=True) + "\n").encode())
             flush_folders(self.folder)
             replace_file(self.folder / MANIFEST, write_manifest(self.manifest, self._objects).encode())
-            _flush(self.folder)
+            flush(self.folder)
 
     def close(self) -> None:
         """Stop the writing thread; whole chunks handed over before are still written. Never raises."""
@@ -219,7 +219,8 @@ def replace_file(target: Path, *parts: Any) -> None:
     os.replace(temporary, target)
 
 
-def _flush(folder: Path) -> None:
+def flush(folder: Path) -> None:
+    """Make the names in a folder (or the bytes of a file) survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -231,5 +232,5 @@ def flush_folders(folder: Path) -> None:
     """Make the names of a store's files survive a power cut."""
     for path in folder.rglob("*"):
         if path.is_dir():
-            _flush(path)
-    _flush(folder)
+            flush(path)
+    flush(folder)
