@@ -17,7 +17,6 @@ from .cache.errors import SidebenchError
 
 if TYPE_CHECKING:
     from .bench.progress import Display
-    from .cache.build import CaptureOptions
 
 
 class Guarded(TyperGroup):
@@ -55,7 +54,14 @@ Task = Annotated[str, typer.Option(help="sample:NAME, csv:PATH, jsonl:PATH or fo
 Layers = Annotated[
     str | None, typer.Option(help="Globs with commas, e.g. 'blocks.*'. Default: embeddings, blocks, norm.")
 ]
-Dtype = Annotated[str, typer.Option(help="Storage dtype: float16, bfloat16 or float32.")]
+Dtype = Annotated[str, typer.Option(help="Storage dtype: float16, bfloat16, float32, int8 or fp8 (e4m3).")]
+Tokens = Annotated[str, typer.Option(help="all, cls, mean, cls+mean, grid:K, first:N or proj:M (random directions).")]
+PerChannel = Annotated[bool, typer.Option("--per-channel", help="int8, fp8: normalise channels before tokens.")]
+Compression = Annotated[str | None, typer.Option(help="zstd or lz4; random reading then decompresses whole chunks.")]
+Views = Annotated[int, typer.Option(min=0, help="Augmented views of each example, to be trained on in its place.")]
+CaptureSeed = Annotated[
+    int, typer.Option("--seed", min=0, help="Seed of the views and of proj:M; training has --seeds.")
+]
 ImageSize = Annotated[
     int | None, typer.Option(min=1, help="Side of the images in pixels. Default: the backbone's own.")
 ]
@@ -75,6 +81,11 @@ def cache_build(
     task: Task,
     layers: Layers = None,
     dtype: Dtype = "float16",
+    tokens: Tokens = "all",
+    per_channel: PerChannel = False,
+    compression: Compression = None,
+    views: Views = 0,
+    seed: CaptureSeed = 0,
     image_size: ImageSize = None,
     max_length: MaxLength = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per frozen forward; part of the digest.")] = 64,
@@ -92,13 +103,16 @@ def cache_build(
     from .bench.build_workers import LocalWorkers
     from .bench.prepare import Inputs, build_store, plan_store, prepare
     from .bench.tasks.split import split
+    from .cache.build import CaptureOptions
+    from .cache.catalog import read_notes
     from .cache.home import home
 
     inputs = Inputs(backbone, task, image_size, max_length, limit, device)
     with _display(quiet) as display:
         prepared = prepare(inputs, home=home(), cache_dir=_cache_dir(cache_dir), say=display.say)
         sizes = split(prepared.task, split_seed).sizes()
-        planned = plan_store(prepared, _capture(layers, dtype, batch_size))
+        capture = CaptureOptions(_names(layers), dtype, batch_size, tokens, per_channel, compression, views, seed)
+        planned = plan_store(prepared, capture)
         local = LocalWorkers(workers, prepared, planned, home())
         result = build_store(prepared, planned, progress=display.examples, say=display.say, workers=local)
     document = {
@@ -112,6 +126,7 @@ def cache_build(
         "write_seconds": result.write_seconds,
         "build_seconds": result.build_seconds,
         "resumed_chunks": result.resumed_chunks,
+        "relative_errors": read_notes(result.folder).get("relative_errors") or {},
     }
     took = "" if result.build_seconds is None else f" in {result.build_seconds:.1f} s"
     _print(document, as_json, f"{result.status}{took}: {result.folder} ({result.manifest.stored_bytes:,} bytes)")
@@ -239,12 +254,11 @@ def cache_import(
     from .cache.features import ImportOptions
     from .cache.home import home
 
-    keys = None if layers is None else tuple(key for key in layers.split(",") if key)
     with _display(quiet) as display:
         result = import_hdf5(
             file,
             task,
-            ImportOptions(backbone_name, keys, prefix_tokens, limit),
+            ImportOptions(backbone_name, _names(layers), prefix_tokens, limit),
             home=home(),
             cache_dir=_cache_dir(cache_dir),
             progress=display.examples,
@@ -297,6 +311,13 @@ def compare(
     split_seed: SplitSeed = 0,
     layers: Layers = None,
     dtype: Dtype = "float16",
+    tokens: Tokens = "all",
+    per_channel: PerChannel = False,
+    compression: Compression = None,
+    views: Views = 0,
+    seed: CaptureSeed = 0,
+    cache_in_ram: Annotated[bool, typer.Option("--cache-in-ram", help="Hold the cache in RAM while training.")] = False,
+    cache_on_device: Annotated[bool, typer.Option("--cache-on-device", help="Hold it in the device's memory.")] = False,
     image_size: ImageSize = None,
     max_length: MaxLength = None,
     device: Device = "auto",
@@ -315,8 +336,11 @@ def compare(
     from .bench.record import write_text
     from .bench.report import failures, markdown, print_table, skipped, verdicts
     from .bench.table import comparisons, document, rows
+    from .cache.build import CaptureOptions
     from .cache.home import home
 
+    if cache_in_ram and cache_on_device:
+        raise SidebenchError("--cache-in-ram and --cache-on-device exclude each other; choose one.")
     if precision not in ("fp32", "bf16"):
         raise SidebenchError(f"--precision is fp32 or bf16; found {precision!r}.")
     request = Request(
@@ -329,7 +353,8 @@ def compare(
         lr=lr,
         split_seed=split_seed,
         precision=precision,
-        capture=_capture(layers, dtype, 64),
+        capture=CaptureOptions(_names(layers), dtype, 64, tokens, per_channel, compression, views, seed),
+        tier="ram" if cache_in_ram else "device" if cache_on_device else "auto",
         may_build=not no_build,
         fresh=fresh,
     )
@@ -421,11 +446,8 @@ def _cache_dir(given: Path | None) -> Path:
     return given if given is not None else home() / "caches"
 
 
-def _capture(layers: str | None, dtype: str, batch_size: int) -> "CaptureOptions":
-    from .cache.build import CaptureOptions
-
-    globs = None if layers is None else tuple(glob for glob in layers.split(",") if glob)
-    return CaptureOptions(globs, dtype, batch_size)
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(name for name in text.split(",") if name)
 
 
 def _settings(given: list[str]) -> dict[str, dict[str, str]]:

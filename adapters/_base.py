@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..cache.backbone import Architecture, Backbone
 from ..cache.block_weights import BackboneWeights
+from ..cache.encode import Stored
 from ..cache.errors import SidebenchError, unknown
 from ..cache.preprocess import Inputs
 
@@ -43,12 +44,18 @@ class Batch:
     """
 
     mask: Tensor
-    activations: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    activations: Mapping[str, Stored] = dataclasses.field(default_factory=dict)
     inputs: Inputs = dataclasses.field(default_factory=dict)
 
     def state(self, layer: str) -> Tensor:
         """(B, T, D) activations of `layer` in float32."""
         return self.activations[layer].float()
+
+    def rows(self, rows: slice) -> "Batch":
+        """These examples alone, as views in storage dtype."""
+        taken = {name: activations[rows] for name, activations in self.activations.items()}
+        inputs = {name: value[rows] for name, value in self.inputs.items()}
+        return dataclasses.replace(self, mask=self.mask[rows], activations=taken, inputs=inputs)
 
 
 class Body(nn.Module):

@@ -32,7 +32,7 @@ def run(job: dict[str, Any]) -> None:
     import torch
 
     from ..cache.errors import SidebenchError
-    from ..cache.fill import compute
+    from ..cache.fill import compute, stored_channels
     from ..cache.planning import CaptureOptions
     from ..cache.writer import StoreWriter
     from .prepare import Inputs, plan_store, prepare
@@ -40,7 +40,7 @@ def run(job: dict[str, Any]) -> None:
     torch.set_num_threads(job["threads"])
     cache_dir = Path(job["cache_dir"])
     prepared = prepare(Inputs(**job["inputs"]), home=Path(job["home"]), cache_dir=cache_dir, say=lambda _: None)
-    planned = plan_store(prepared, CaptureOptions(tuple(job["layers"]), job["dtype"], job["batch_size"]))
+    planned = plan_store(prepared, CaptureOptions(**{**job["capture"], "layers": tuple(job["capture"]["layers"])}))
     if planned.manifest.digest != job["digest"]:
         raise SidebenchError("the backbone or the task changed while the build began; run the same command again.")
     writer = StoreWriter(cache_dir / planned.manifest.folder_name, planned.manifest, only=job["share"])
@@ -51,7 +51,7 @@ def run(job: dict[str, Any]) -> None:
         emit("computed", examples=done - first[0])
 
     try:
-        forward_seconds = compute(planned, writer, progress)
+        forward_seconds = compute(planned, writer, stored_channels(planned.manifest, writer), progress)
         writer.finish()
     finally:
         writer.close()

@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 
 from ..cache.errors import SidebenchError
-from ..cache.planning import Plan
+from ..cache.planning import Plan, options_of
 from ..cache.shares import Chunks
 from .prepare import Prepared
 
@@ -53,9 +53,7 @@ class LocalWorkers:
             "inputs": asdict(replace(self.prepared.inputs, device=device)),
             "home": str(self.home),
             "cache_dir": str(self.prepared.cache_dir),
-            "layers": list(manifest.layers),
-            "dtype": manifest.dtype,
-            "batch_size": manifest.forward["batch_size"],
+            "capture": asdict(options_of(manifest)),
             "digest": manifest.digest,
             # A matrix product may be summed in another order by another number of threads.
             "threads": torch.get_num_threads(),

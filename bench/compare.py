@@ -3,17 +3,20 @@
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..adapters._base import CachedMethod, FittedMethod, Method
 from ..adapters._registry import Named, find_method, known_methods
+from ..cache.backbone import Architecture
 from ..cache.build import BuildResult, CaptureOptions, Plan
 from ..cache.catalog import read_notes
 from ..cache.errors import SidebenchError, unknown
 from ..cache.manifest import Manifest, canonical_json, missing_layers
+from ..cache.memory_store import Tier
+from ..cache.views import DESCRIPTION
 from .launch import Listener, failed, run_once, with_chosen_lr
 from .prepare import Inputs, Prepared, plan_store, prepare, resolve_device, store_for
 from .record import Job, RunRecord
@@ -39,6 +42,7 @@ class Request:
     split_seed: int = 0
     precision: str = "fp32"
     capture: CaptureOptions = field(default_factory=CaptureOptions)
+    tier: Tier = "auto"
     may_build: bool = True
     fresh: bool = False
 
@@ -55,6 +59,7 @@ class Outcome:
     sizes: Mapping[str, int]
     score_name: str
     store: Mapping[str, Any] | None
+    view: str = ""  # what an augmented view is, where there are any
 
 
 def compare(
@@ -72,10 +77,11 @@ def compare(
     rates = {name: learning_rates(request.lr, method) for name, method in configured.items()}
     prepared = prepare(request.inputs, home=home, cache_dir=cache_dir, say=listener.say)
     parts = split_task(prepared.task, request.split_seed)
-    chosen, skipped = _accepted(configured, prepared, by_name=request.methods)
     planned = None if prepared.imported else plan_store(prepared, request.capture)
     source = planned or prepared.imported
     assert source is not None
+    _check_pooling(prepared, source.manifest)
+    chosen, skipped = _accepted(configured, prepared, source.manifest.seen, by_name=request.methods)
     facts = _data_facts(source.manifest)
     folder = runs_dir / _folder_name(request, facts)
     _begin_folder(folder, parts)
@@ -87,6 +93,7 @@ def compare(
         if n.text in chosen
     }
     score_name = prepared.task.score_name
+    view = DESCRIPTION[prepared.task.examples.modality] if request.capture.views else ""
     del prepared, planned  # the workers load what they need; this process need not hold a backbone meanwhile
     records: dict[str, list[RunRecord]] = {}
     files: list[Path] = []
@@ -106,6 +113,7 @@ def compare(
         parts.sizes(),
         score_name,
         None if built is None else _store_facts(built),
+        view,
     )
 
 
@@ -122,15 +130,26 @@ def _check_settings(settings: Mapping[str, Mapping[str, str]], named: Sequence[N
             raise unknown("compared method in --set", key, keys)
 
 
+def _check_pooling(prepared: Prepared, manifest: Manifest) -> None:
+    if prepared.task.pooling == "cls" and manifest.form.tokens == "mean":
+        raise SidebenchError(f"{prepared.task.uri} pools the class token, which --tokens mean drops; type cls+mean.")
+
+
 def _accepted(
-    configured: Mapping[str, Method], prepared: Prepared, *, by_name: Sequence[str]
+    configured: Mapping[str, Method], prepared: Prepared, seen: Architecture, *, by_name: Sequence[str]
 ) -> tuple[dict[str, Method], dict[str, str]]:
-    """Methods that can run and why the others cannot; one asked for by its name, not by "all", must."""
+    """Methods that can run and why the others cannot; one asked for by its name, not by "all", must.
+
+    Those that read the cache see the backbone through the tokens that it keeps.
+    """
     arch = prepared.arch
-    reasons = {
-        name: m.refusal(arch) if prepared.backbone or isinstance(m, CachedMethod | FittedMethod) else _NO_NETWORK
-        for name, m in configured.items()
-    }
+
+    def refusal(method: Method) -> str | None:
+        if isinstance(method, CachedMethod | FittedMethod):
+            return method.refusal(seen)
+        return method.refusal(arch) if prepared.backbone else _NO_NETWORK
+
+    reasons = {name: refusal(method) for name, method in configured.items()}
     skipped = {name: reason for name, reason in reasons.items() if reason is not None}
     for name, reason in skipped.items():
         if name in by_name:
@@ -165,8 +184,11 @@ def _store(
 
 def _imported(request: Request, prepared: Prepared, wanted: Sequence[str]) -> BuildResult:
     """The store of imported features, if it covers what the methods read."""
-    if request.capture.layers:
-        raise SidebenchError("--layers is chosen when features are imported (`bench cache import`); leave it out here.")
+    if request.capture != CaptureOptions():
+        raise SidebenchError(
+            "layers, tokens, dtype and views are chosen when features are made (`bench cache import`); leave their "
+            "options out here."
+        )
     assert prepared.imported is not None
     manifest = prepared.imported.manifest
     if lacking := missing_layers(wanted, manifest):
@@ -206,6 +228,8 @@ def _folder_name(request: Request, facts: Mapping[str, str]) -> str:
         "lr": request.lr,
         "precision": request.precision,
     }
+    if request.capture.views:
+        about["views"] = [request.capture.views, request.capture.seed]
     digest = hashlib.sha256(canonical_json(about).encode()).hexdigest()[:8]
     return f"{_slug(request.inputs.backbone)}-{_slug(request.inputs.task)}-{digest}"
 
@@ -250,6 +274,9 @@ def _job(
         num_outputs=len(prepared.task.classes),
         pooling=prepared.task.pooling,
         store=None if store is None else str(store.folder.absolute()),
+        tier=request.tier,
+        views=request.capture.views,
+        view_seed=request.capture.form().seed if request.capture.views else None,
     )
 
 
@@ -286,9 +313,10 @@ def _store_facts(built: BuildResult) -> dict[str, Any]:
         "path": str(built.folder),
         "digest": built.manifest.digest,
         "bytes": built.manifest.stored_bytes,
-        "dtype": built.manifest.dtype,
+        "form": asdict(built.manifest.form),
         "layers": list(built.manifest.layers),
         "build_seconds": notes.get("build_seconds"),
         "status": built.status,
+        "relative_errors": notes.get("relative_errors") or {},
         "imported_keys": built.manifest.backbone.get("keys"),
     }

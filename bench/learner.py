@@ -13,6 +13,7 @@ from ..cache.backbone import Backbone
 from ..cache.feed import activation_batches, ahead
 from ..cache.pooling import masked_mean, pooling_mask
 from ..cache.store import Index, Store
+from ..cache.views import prepare_items
 from .tasks.base import Pooling, Task
 
 _PREPARED_IN_RAM_BYTES = 2 * 2**30  # inputs of live methods are prepared once when they fit into this
@@ -39,14 +40,19 @@ class Learner(nn.Module):
 
 
 class Source(Protocol):
-    """Where a run's batches come from."""
+    """Where a run's batches come from. Items beyond the examples are views of them (see cache.views)."""
+
+    @property
+    def views(self) -> int:
+        """Augmented views of each example, to be trained on in its place; 0: the example itself."""
+        ...
 
     def batches(self, batches: Sequence[Index]) -> Iterator[Batch]:
-        """The batches of these examples, in order, on the run's device."""
+        """The batches of these items, in order, on the run's device."""
         ...
 
     def lengths(self) -> Index:
-        """(N,) tokens (or pixels) per example: what decides which batch is the longest."""
+        """(items,) tokens (or pixels) per item: what decides which batch is the longest."""
         ...
 
 
@@ -58,6 +64,7 @@ class CachedSource:
     layers: tuple[str, ...]
     device: torch.device
     tokens: Index
+    views: int = 0
 
     def batches(self, batches: Sequence[Index]) -> Iterator[Batch]:
         """See Source."""
@@ -73,15 +80,17 @@ class CachedSource:
 class LiveSource:
     """Inputs of the backbone. Prepared (tokenised, resized) once if they fit into RAM, else batch by batch."""
 
-    def __init__(self, backbone: Backbone, task: Task) -> None:
+    def __init__(self, backbone: Backbone, task: Task, *, views: int = 0, view_seed: int | None = None) -> None:
+        self.views = views
+        self._view_seed = view_seed
         self._preprocess = backbone.preprocess
         self._examples = task.examples
+        items = len(task.examples) * (1 + views)
         self.device = backbone.device
         self._tokens = 1 if task.examples.modality == "text" else _image_tokens(backbone)
         first = self._prepare([0])[0]
-        fits = first.nbytes * len(task.examples) <= _PREPARED_IN_RAM_BYTES
-        everything = range(len(task.examples))
-        self._prepared = self._prepare(everything) if fits or task.examples.modality == "text" else None
+        fits = first.nbytes * items <= _PREPARED_IN_RAM_BYTES
+        self._prepared = self._prepare(range(items)) if fits or task.examples.modality == "text" else None
 
     def batches(self, batches: Sequence[Index]) -> Iterator[Batch]:
         """See Source."""
@@ -92,11 +101,11 @@ class LiveSource:
     def lengths(self) -> Index:
         """See Source."""
         if self._prepared is None or self._examples.modality == "image":
-            return np.full(len(self._examples), self._tokens, dtype=np.int64)
+            return np.full(len(self._examples) * (1 + self.views), self._tokens, dtype=np.int64)
         return np.array([len(ids) for ids in self._prepared], dtype=np.int64)
 
     def _prepare(self, indices: Sequence[int]) -> list[Tensor]:
-        return self._preprocess.prepare([self._examples.load(int(i)) for i in indices])
+        return prepare_items(self._preprocess, self._examples, indices, self._view_seed)
 
     def _collate(self, index: Index) -> tuple[dict[str, Tensor], Tensor]:
         prepared = self._prepare(index.tolist()) if self._prepared is None else [self._prepared[i] for i in index]

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters._base import Batch, FittedMethod
+from ..cache.encode import tensors_of
 from .device_memory import DeviceMeter
 from .host_memory import HostMeter
 from .learner import Learner
@@ -122,4 +123,5 @@ def _measured(steps: Callable[[], Any], tracked: Callable[[], Any], device_meter
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
-    return [batch.mask, *batch.activations.values(), *batch.inputs.values()]
+    stored = [part for layer in batch.activations.values() for part in tensors_of(layer)]
+    return [batch.mask, *stored, *batch.inputs.values()]

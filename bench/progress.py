@@ -17,6 +17,7 @@ class Display:
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
+        self._said: set[str] = set()
         self._bar: Any = None
         self._task: Any = None
         self._begun: float | None = None
@@ -60,6 +61,9 @@ class Display:
             )
         elif kind == "failed":
             self.say(f"{name}: failed: {event['message']}")
+        elif kind == "tier" and event["why"] not in self._said:
+            self._said.add(event["why"])
+            self.say(f"{name}: cache {event['why']}")
         elif kind == "reused":
             self.say(f"{name}: finished before, reused")
         elif kind == "started":

@@ -40,6 +40,9 @@ class Job:
     num_outputs: int
     pooling: str
     store: str | None = None  # folder of the activation cache; None for a live method
+    tier: str = "auto"  # where the cache is read from; see cache.memory_store
+    views: int = 0
+    view_seed: int | None = None
 
     @property
     def digest(self) -> str:

@@ -11,6 +11,10 @@ Row = Mapping[str, Any]
 # What Markdown (with GitHub's tables and formulas) reads as markup; an underscore inside a word is none.
 _SPECIAL = re.compile(r"[\\`*|~$\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 _MIB = 2**20
+_NO_AUGMENTATION = (
+    "The backbone's dropout is off and there is no augmentation, for all methods alike; published recipes of live "
+    "methods often use both."
+)
 
 COLUMNS = (
     "method",
@@ -96,9 +100,8 @@ def _protocol(outcome: Outcome) -> str:
         + f"); seeds {', '.join(map(str, request.seeds))}; {request.epochs} epochs, batch size {request.batch_size}, "
         f"{request.precision}. AdamW with 10 % linear warm-up and cosine decay; the epoch is selected on validation, "
         "the test part is read once at the end. linear_probe is solved instead, its L2 weight chosen on validation"
-        f"{_unconverged(outcome)}. Every method sees the same examples in the same order. The backbone's dropout is "
-        "off and there is no augmentation, for all methods "
-        "alike; published recipes of live methods often use both."
+        f"{_unconverged(outcome)}. Every method sees the same examples in the same order. "
+        + (_views(outcome) if request.capture.views else _NO_AUGMENTATION)
     )
 
 
@@ -141,8 +144,36 @@ def _cache(store: Mapping[str, Any]) -> str:
     if keys := store.get("imported_keys"):
         built = f"imported from features called {', '.join(_text(str(key)) for key in keys)}, made elsewhere"
     return (
-        f"`{store['digest'][:16]}`: {store['bytes'] / _MIB:,.1f} MiB, {store['dtype']}, "
+        f"`{store['digest'][:16]}`: {store['bytes'] / _MIB:,.1f} MiB, {_form(store['form'])}, "
         f"{len(store['layers'])} layers ({', '.join(_text(layer) for layer in store['layers'])}), {built}."
+        f"{_lost(store['relative_errors'])}"
+    )
+
+
+def _form(form: Mapping[str, Any]) -> str:
+    parts = [form["dtype"] + (" after normalising each channel" if form["per_channel"] else "")]
+    parts += [] if form["tokens"] == "all" else [f"tokens {_text(form['tokens'])}"]
+    return ", ".join([*parts, *([f"compressed by {form['compression']}"] if form["compression"] else [])])
+
+
+def _lost(errors: Mapping[str, Any]) -> str:
+    """Notes of a store are untrusted: what is no number is not shown."""
+    found = {layer: error for layer, error in errors.items() if isinstance(error, int | float)}
+    if not found:
+        return ""
+    shown = ", ".join(f"{_text(layer)} {error:.2g}" for layer, error in found.items())
+    return f" Relative error against the full activations, on a sample of the task: {shown}."
+
+
+def _views(outcome: Outcome) -> str:
+    """What training on stored views is not."""
+    capture = outcome.request.capture
+    return (
+        f"Trained on {capture.views} fixed augmented views of each example (seed {capture.seed}; a view: "
+        f"{outcome.view}), one drawn per example and epoch, the same for every method; a solver takes all of them. A live "
+        "augmented recipe draws a new view every time, so from the epoch on in which views repeat, this is less "
+        "augmentation than such a recipe has. Validation and test are on the plain examples. The backbone's dropout is "
+        "off for all methods alike; published recipes of live methods often use it."
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..adapters._base import Batch, trained
 from ..cache.errors import SidebenchError
-from ..cache.feed import batches_of, epoch_order
+from ..cache.feed import batches_of, drawn_views, epoch_order
 from ..cache.store import Index
 from .learner import Learner, Source
 
@@ -70,9 +70,12 @@ def train(
     for epoch in range(settings.epochs):
         begun = time.perf_counter()
         order = batches_of(epoch_order(train_index, seed=settings.seed, epoch=epoch), settings.batch_size)
+        items = [
+            drawn_views(i, examples=len(targets), views=source.views, seed=settings.seed, epoch=epoch) for i in order
+        ]
         learner.train()
         total = torch.zeros((), device=targets.device)
-        for index, batch in zip(order, source.batches(order), strict=True):
+        for index, batch in zip(order, source.batches(items), strict=True):
             loss = loss_of(learner, batch, targets[index], settings.precision)
             loss.backward()
             optimizer.step()

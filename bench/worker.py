@@ -4,6 +4,7 @@ Reads the job, measures memory, trains each learning rate, and writes the record
 what its method needs: a cached run loads neither transformers nor the data. Events go to stdout as JSON lines.
 """
 
+import dataclasses
 import json
 import sys
 import time
@@ -21,7 +22,9 @@ from ..adapters._registry import config_facts, find_method
 from ..cache.backbone import Backbone
 from ..cache.block_weights import BackboneWeights, read_weights
 from ..cache.errors import SidebenchError
+from ..cache.feed import all_views
 from ..cache.home import home
+from ..cache.memory_store import place, tier_named
 from ..cache.store import Index
 from ..cache.zarr_store import ZarrStore
 from .device_memory import DeviceMeter
@@ -62,6 +65,7 @@ def run(job: Job, folder: Path) -> None:
     batch = next(iter(source.batches([index])))
     memory = measure_training(learner, batch, targets[torch.from_numpy(index)], settings, device_meter)
     del batch
+    source, placed = _placed(source, job, device)
     start = snapshot(learner)
     for lr in job.lrs:
         load_trained(learner, start)  # every learning rate starts at the same point
@@ -83,8 +87,21 @@ def run(job: Job, folder: Path) -> None:
         eval_seconds = time.perf_counter() - begun
         cost = _cost(learner, learner.head, memory, found.train_seconds, eval_seconds, found.examples_per_second)
         chosen = {"lr": lr, "best_epoch": found.best_epoch + 1, "val_score": found.val_score, "losses": found.losses}
-        _write(job, folder, method, split.test, ids, logits, all_targets, cost, chosen)
+        _write(job, folder, method, split.test, ids, logits, all_targets, cost, {**chosen, **placed})
     return None
+
+
+def _placed(source: Source, job: Job, device: torch.device) -> tuple[Source, dict[str, Any]]:
+    """The source read from the tier asked for, and what the record says of it.
+
+    After memory was measured: a cache that is held in memory is there for speed and is named apart from the peak.
+    """
+    if not isinstance(source, CachedSource) or not isinstance(source.store, ZarrStore):
+        return source, {}
+    placed = place(source.store, source.layers, tier_named(job.tier), device)
+    emit("tier", tier=placed.tier, why=placed.why)
+    facts = {"cache_tier": placed.tier, "cache_resident_bytes": placed.resident_bytes}
+    return dataclasses.replace(source, store=placed.store), facts
 
 
 def trial_path(folder: Path, job: Job, lr: float) -> Path:
@@ -102,13 +119,13 @@ def _assemble(job: Job, method: Method, device: torch.device) -> tuple[Learner, 
         with seeded(job.seed):
             body = method.build(store.architecture, widths, lambda: _weights(job))
             learner = _learner(job, body, store.architecture.prefix_tokens).to(device)
-        return learner, CachedSource(store, layers, device, store.lengths()), store.ids, store.targets
+        return learner, CachedSource(store, layers, device, store.lengths(), job.views), store.ids, store.targets
     assert isinstance(method, LiveMethod)
     from .tasks.load import load_task
 
     backbone = _backbone(job, device)
     task = load_task(job.task, home=home(), limit=job.limit, say=lambda _: None)
-    source = LiveSource(backbone, task)
+    source = LiveSource(backbone, task, views=job.views, view_seed=job.view_seed)
     with seeded(job.seed):
         learner = _learner(job, method.build(backbone), backbone.arch.prefix_tokens).to(device)
     return learner, source, task.examples.ids, task.examples.targets
@@ -130,18 +147,19 @@ def _run_fitted(job: Job, method: FittedMethod, split: Split, device_meter: Devi
 
     def part(index: Index) -> tuple[Tensor, Tensor]:
         where = torch.from_numpy(index).to(device)
-        return features[where], targets[where]
+        return features[where], targets[where % len(targets)]
 
-    memory = measure_fit(method, part(split.train), job.num_outputs, device_meter)
+    train = all_views(split.train, examples=store.examples, views=job.views)
+    memory = measure_fit(method, part(train), job.num_outputs, device_meter)
     begun = time.perf_counter()
-    module, chosen = method.fit(part(split.train), part(split.val), job.num_outputs)
+    module, chosen = method.fit(part(train), part(split.val), job.num_outputs)
     train_seconds = time.perf_counter() - begun
     begun = time.perf_counter()
     with torch.inference_mode():
         logits = module(part(split.test)[0]).float().cpu()
     eval_seconds = time.perf_counter() - begun
     emit("epoch", epoch=1, epochs=1, val_score=chosen["val_score"])
-    cost = _cost(module, module, memory, train_seconds, eval_seconds, len(split.train) / train_seconds)
+    cost = _cost(module, module, memory, train_seconds, eval_seconds, len(train) / train_seconds)
     _write(job, folder, method, split.test, store.ids, logits, all_targets, cost, chosen)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from sidebench.cache.backbone import Architecture
+from sidebench.cache.form import Form
 from sidebench.cache.manifest import ActivationSpec, Manifest
 from sidebench.cache.writer import StoreWriter
 from sidebench.cache.zarr_store import ZarrStore
@@ -57,8 +58,7 @@ def _manifest(names: list[str], examples: int, tokens: int | None, width: int, r
         preprocessing={},
         dataset={"sha256": "", "examples": examples, "limit": None},
         forward={"batch_size": 64},
-        tokens="all",
-        dtype="float16",
+        form=Form(),
         specs=tuple(ActivationSpec(name, tokens, width) for name in names),
         rows=rows,
     )

@@ -16,7 +16,8 @@ from sidebench.cache.build import CaptureOptions, build, plan
 from sidebench.cache.feed import batches_of, epoch_order
 from sidebench.cache.home import home
 from sidebench.cache.load import load_backbone
-from sidebench.cache.store import LiveStore, MemoryStore, Store
+from sidebench.cache.memory_store import MemoryStore
+from sidebench.cache.store import LiveStore, Store
 from sidebench.cache.zarr_store import ZarrStore
 
 CPU = torch.device("cpu")
@@ -57,11 +58,8 @@ def epoch(folder: Path) -> None:
     result = build(planned, folder / "epoch", notes={})
     disk = ZarrStore(result.folder)
     everything = np.arange(len(disk), dtype=np.int64)
-    held = {
-        layer: [disk.read(everything[i : i + 1], [layer]).layers[layer][0] for i in everything] for layer in disk.layers
-    }
     live = LiveStore(backbone, planned.prepared or [])
-    sources: dict[str, Store] = {"disk": disk, "ram": MemoryStore(disk.architecture, held), "live": live}
+    sources: dict[str, Store] = {"disk": disk, "ram": MemoryStore.of(disk, disk.layers, CPU), "live": live}
     targets = torch.from_numpy(task.examples.targets)
     settings = Settings(0, 1, 32, 1e-3, 0.0, "fp32")
     for name in ("unipt", "lst"):

@@ -11,7 +11,8 @@ import numpy as np
 
 from .catalog import bytes_below, find_store
 from .errors import SidebenchError, disk_errors
-from .fill import Progress, fill
+from .fidelity import examine, stated
+from .fill import Channels, Progress, fill, stored_channels
 from .lock import builder_lock
 from .manifest import Manifest
 from .planning import CaptureOptions, Plan, plan
@@ -81,14 +82,15 @@ def build(
         writer = StoreWriter(folder, manifest)
         try:
             forward_seconds = 0.0
+            channels, errors = _examined(planned, writer, say)
             if workers is not None and workers.count > 1:
                 forward_seconds = _spread(planned, writer, workers, lock, progress)
-            forward_seconds += fill(planned, writer, progress)
+            forward_seconds += fill(planned, writer, channels, progress)
             elapsed = time.perf_counter() - begun
             # What earlier, interrupted sessions took is not known; the last one's time would understate the cost.
             whole = None if writer.resumed_chunks else elapsed
-            seconds = {"forward_seconds": forward_seconds, "build_seconds": whole}
-            writer.commit({**notes, **seconds, "created": _now()}, planned.examples.ids)
+            measured = {"forward_seconds": forward_seconds, "build_seconds": whole, "relative_errors": errors}
+            writer.commit({**notes, **measured, "created": _now()}, planned.examples.ids)
         finally:
             writer.close()
     status = "resumed" if writer.resumed_chunks else "built"
@@ -96,16 +98,29 @@ def build(
     return BuildResult(status, folder, manifest, forward_seconds, writer.write_seconds, elapsed, writer.resumed_chunks)
 
 
+def _examined(planned: Plan, writer: StoreWriter, say: Callable[[str], None]) -> tuple[Channels, dict[str, float]]:
+    """The channels, on disk before any row is stored, and what the form loses, said aloud."""
+    if not planned.manifest.form.lossy:
+        return {}, {}
+    found = examine(planned)
+    say(stated(found.relative_errors))
+    for layer, channels in found.channels.items():
+        writer.append(f"channels/{layer}", channels.numpy())
+    if found.channels:
+        writer.finish()  # workers, a resume and a repair read them from there
+    return stored_channels(planned.manifest, writer), dict(found.relative_errors)
+
+
 def _spread(planned: Plan, writer: StoreWriter, workers: Workers, lock: int, progress: Progress) -> float:
     """Have the missing chunks of the layers written by workers; returns the seconds of their forwards.
 
     Pooled rows are left to `fill`: their chunks hold thousands of examples, so they would have too many owners.
     """
-    missing = writer.missing("layers")
+    missing = writer.missing("layers", "scales")
     shares = share_out(planned.manifest, missing, planned.offsets, workers.count)
     if len(shares) < 2:
         return 0.0  # one chunk per layer has one owner anyway: this process
-    total, size = len(planned.examples), batch_size(planned.manifest)
+    total, size = planned.manifest.items, batch_size(planned.manifest)
     batches = batches_for(planned.manifest, missing, planned.offsets)
     present = total - sum(min(start + size, total) - start for start in batches)
     progress(present, total)
@@ -131,9 +146,15 @@ def _announce(planned: Plan, folder: Path, say: Callable[[str], None]) -> None:
         )
     seconds = _estimate_seconds(planned)
     say(
-        f"cache: {len(planned.examples):,} examples x {len(planned.manifest.layers)} layers, {needed / 2**20:,.0f} MiB "
+        f"cache: {_counted(planned.manifest)} x {len(planned.manifest.layers)} layers, {needed / 2**20:,.0f} MiB"
+        f"{' before compression' if planned.manifest.form.compression else ''} "
         f"({free / 2**30:,.0f} GiB free in {folder.parent}), about {seconds:,.0f} s"
     )
+
+
+def _counted(manifest: Manifest) -> str:
+    views = manifest.form.views
+    return f"{manifest.examples:,} examples" + (f", each plain and in {views} views," if views else "")
 
 
 def _estimate_seconds(planned: Plan) -> float:
@@ -148,7 +169,7 @@ def _estimate_seconds(planned: Plan) -> float:
         inputs = {name: value.to(planned.backbone.device) for name, value in inputs.items()}
         planned.backbone.capture(inputs, planned.manifest.layers)
         elapsed = time.perf_counter() - begun
-    return elapsed * len(planned.examples) / len(spread)
+    return elapsed * planned.manifest.items / len(spread)
 
 
 def _now() -> str:

@@ -73,7 +73,7 @@ def _write(file: Any, folder: Path, manifest: Manifest, objects: dict[str, Store
         dataset.attrs[DTYPE_ATTRIBUTE] = layout.dtype
         for start, rows in _chunks(folder, path, layout, objects):
             dataset[start : start + len(rows)] = rows
-            done += layout.object_bytes
+            done += layout.chunk_bytes
             progress(manifest.examples * done // total, manifest.examples)
 
 
@@ -83,10 +83,12 @@ def _chunks(
     """The rows of an array chunk by chunk, each checked against the manifest."""
     for chunk in range(layout.chunks):
         key = f"{path}/{layout.chunk_key(chunk)}"
-        payload = _checked(folder, key, objects[key])
+        payload = np.frombuffer(_checked(folder, key, objects[key]), dtype=np.uint8)
         start = chunk * layout.chunk_rows
-        rows = np.frombuffer(payload, dtype=layout.numpy_dtype).reshape(layout.chunk_shape)
-        yield start, rows[: layout.shape[0] - start]
+        try:
+            yield start, layout.decode(payload)[: layout.shape[0] - start]
+        except ValueError as error:
+            raise _damaged(folder, key, str(error)) from None
 
 
 def _checked(folder: Path, key: str, stated: StoredObject) -> bytes:

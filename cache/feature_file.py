@@ -51,7 +51,7 @@ class FeatureFile:
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
         """What is stored."""
-        return ArrayLayout((1,), self.dtype).numpy_dtype
+        return ArrayLayout((1,), self.dtype, ("example",)).numpy_dtype
 
     def key_of(self, state: str) -> str:
         """The key that became this hidden state."""

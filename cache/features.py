@@ -22,6 +22,7 @@ from .errors import SidebenchError
 from .examples import Examples
 from .export import Progress
 from .feature_file import FeatureFile
+from .form import Form
 from .lock import builder_lock
 from .manifest import MANIFEST, ActivationSpec, Manifest, canonical_json
 from .restore import Altered, require_space
@@ -114,8 +115,7 @@ def _manifest(features: FeatureFile, examples: Examples, options: ImportOptions,
         preprocessing={},
         dataset={"sha256": examples.content_sha256, "examples": len(examples), "limit": options.limit},
         forward={},
-        tokens="all",
-        dtype=features.dtype,
+        form=Form(dtype=features.dtype),
         specs=features.specs,
         rows=int(features.lengths.sum()) if features.ragged else len(examples),
     )

@@ -19,6 +19,22 @@ def epoch_order(examples: Index, *, seed: int, epoch: int, shuffle: bool = True)
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(examples)
 
 
+def drawn_views(order: Index, *, examples: int, views: int, seed: int, epoch: int) -> Index:
+    """The item to train on for each example of `order`: one of its augmented views, drawn anew in every epoch.
+
+    The same for every method and batch size, whatever the order; without views the examples themselves.
+    """
+    if views == 0:
+        return order
+    drawn = np.random.Generator(np.random.PCG64([seed, epoch, views])).integers(1, views + 1, examples)
+    return order + examples * drawn[order]
+
+
+def all_views(index: Index, *, examples: int, views: int) -> Index:
+    """Every augmented view of these examples, view by view; without views the examples themselves."""
+    return np.concatenate([index + examples * view for view in range(1, views + 1)]) if views else index
+
+
 def batches_of(order: Index, batch_size: int) -> list[Index]:
     """Cut an order into batches; the last may be smaller."""
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

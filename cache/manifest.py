@@ -11,15 +11,16 @@ from typing import Any, get_args
 from .backbone import Architecture, Norm
 from .errors import SidebenchError
 from .examples import Modality
-from .layout import STORAGE_DTYPES, ArrayLayout
+from .form import Form, form_from_facts
+from .layout import ArrayLayout
+from .reduction import reduction_of
 
-FORMAT = "sidebench-activations/1"
+FORMAT = "sidebench-activations/2"
 MANIFEST = "manifest.json"
 _LAYER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 _LARGEST_MANIFEST_BYTES = 512 * 2**20
 _LARGEST_COUNT = 2**48
 _MOST_BLOCKS = 10_000
-_PLAIN_OBJECTS = ("zarr.json", "layers/zarr.json", "pooled/zarr.json", "ids.json")
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,9 @@ class Manifest:
     preprocessing: Mapping[str, Any]
     dataset: Mapping[str, Any]  # sha256, examples, limit
     forward: Mapping[str, Any]  # precision, attention kernel, canonical batch size
-    tokens: str  # which tokens are kept: "all"
-    dtype: str
+    form: Form
     specs: tuple[ActivationSpec, ...]
-    rows: int  # stored tokens per ragged layer; for a dense store the number of examples
+    rows: int  # stored tokens per ragged layer; for a dense store the number of items
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -54,6 +54,16 @@ class Manifest:
     def examples(self) -> int:
         """Number of examples N."""
         return int(self.dataset["examples"])
+
+    @property
+    def items(self) -> int:
+        """Activations per layer: item i + N v is view v of example i, and view 0 is the plain one."""
+        return self.examples * (1 + self.form.views)
+
+    @property
+    def seen(self) -> Architecture:
+        """What the backbone looks like through the tokens that are kept."""
+        return reduction_of(self.form.tokens, self.architecture, self.form.seed).seen
 
     @property
     def ragged(self) -> bool:
@@ -78,31 +88,47 @@ class Manifest:
         """Every array of the store by path; layouts are computed, never read from the store."""
         found: dict[str, ArrayLayout] = {}
         for spec in self.specs:
-            shape = (self.rows, spec.width) if spec.tokens is None else (self.examples, spec.tokens, spec.width)
-            found[f"layers/{spec.layer}"] = ArrayLayout(shape, self.dtype)
+            rows: tuple[int, ...] = (self.rows,) if spec.tokens is None else (self.items, spec.tokens)
+            shape = (*rows, spec.width)
+            axes = ("item", "token", "width")[-len(shape) :]
+            layer = ArrayLayout(shape, self.form.dtype, axes, self.form.compression)
+            found[f"layers/{spec.layer}"] = layer
+            if self.form.quantised:
+                found[f"scales/{spec.layer}"] = ArrayLayout(shape[:-1], "float32", axes[:-1], beside=layer)
+            if self.form.per_channel:
+                found[f"channels/{spec.layer}"] = ArrayLayout((spec.width, 2), "float32", ("width", "centre_spread"))
         for spec in self.specs:
-            found[f"pooled/{spec.layer}"] = ArrayLayout((self.examples, 2, spec.width), self.dtype)
-        found["targets"] = ArrayLayout((self.examples,), "int64")
+            shape = (self.items, 2, spec.width)
+            found[f"pooled/{spec.layer}"] = ArrayLayout(shape, self.form.pooled_dtype, ("item", "token", "width"))
+        found["targets"] = ArrayLayout((self.examples,), "int64", ("example",))
         if self.ragged:
-            found["offsets"] = ArrayLayout((self.examples + 1,), "int64")
+            found["offsets"] = ArrayLayout((self.items + 1,), "int64", ("item",))
         return found
+
+    def groups(self) -> tuple[str, ...]:
+        """The zarr groups, by path; the first is the store itself."""
+        named = dict.fromkeys(path.partition("/")[0] for path in self.arrays() if "/" in path)
+        return ("", *named)
 
     def objects(self) -> dict[str, int | None]:
         """Every file that the manifest lists, by path, with its length where the facts fix it."""
-        found: dict[str, int | None] = dict.fromkeys(_PLAIN_OBJECTS)
+        found: dict[str, int | None] = dict.fromkeys(self._plain_objects())
         for path, layout in self.arrays().items():
             found[f"{path}/zarr.json"] = len(layout.metadata().encode())
             found.update({f"{path}/{layout.chunk_key(chunk)}": layout.object_bytes for chunk in range(layout.chunks)})
         return found
 
+    def _plain_objects(self) -> list[str]:
+        return ["ids.json", *(f"{group}/zarr.json".lstrip("/") for group in self.groups())]
+
     @property
     def object_count(self) -> int:
         """How many `objects` there are, without listing them: a forged shape may claim more than memory holds."""
-        return len(_PLAIN_OBJECTS) + sum(1 + layout.chunks for layout in self.arrays().values())
+        return len(self._plain_objects()) + sum(1 + layout.chunks for layout in self.arrays().values())
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all chunk objects."""
+        """Bytes of all chunk objects, before any compression."""
         return sum(layout.stored_bytes for layout in self.arrays().values())
 
 
@@ -167,8 +193,7 @@ def manifest_from_facts(facts: Any) -> Manifest:
     """Rebuild a Manifest from its JSON. Raises SidebenchError (or a plain lookup error) on anything unexpected."""
     if facts["format"] != FORMAT:
         raise SidebenchError(f"its format is {str(facts['format'])[:60]!r}; this version reads {FORMAT!r}.")
-    if facts["dtype"] not in STORAGE_DTYPES:
-        raise SidebenchError(f"its dtype is {str(facts['dtype'])[:40]!r}; known: {', '.join(STORAGE_DTYPES)}.")
+    form = form_from_facts(facts["form"])
     specs = tuple(
         ActivationSpec(s["layer"], None if s["tokens"] is None else _count(s["tokens"], 1), _count(s["width"], 1))
         for s in facts["specs"]
@@ -183,22 +208,20 @@ def manifest_from_facts(facts: Any) -> Manifest:
         if not isinstance(facts[name], dict):
             raise SidebenchError(f"its {name} is no object.")
     examples, rows = _count(facts["dataset"]["examples"], 1), _count(facts["rows"], 1)
-    if rows < examples or (rows != examples and ragged == {False}):
-        raise SidebenchError(f"it holds {rows} rows for {examples} examples.")
-    values = {k: v for k, v in facts.items() if k not in ("format", "architecture", "specs", "rows")}
-    return Manifest(
-        architecture=_architecture(facts["architecture"]),
-        specs=specs,
-        rows=rows,
-        **values,
-    )
+    items = examples * (1 + form.views)
+    if rows < items or (rows != items and ragged == {False}):
+        raise SidebenchError(f"it holds {rows} rows for {items} items.")
+    values = {k: v for k, v in facts.items() if k not in ("format", "architecture", "form", "specs", "rows")}
+    made = Manifest(architecture=_architecture(facts["architecture"]), form=form, specs=specs, rows=rows, **values)
+    reduction_of(form.tokens, made.architecture, form.seed)  # raises for one that is none
+    return made
 
 
 def differences(wanted: Manifest, found: Manifest) -> list[str]:
     """Which facts differ, as `field: wanted …, found …`; layers are left to `missing_layers`."""
     lines: list[str] = []
     a, b = wanted.facts(), found.facts()
-    for field in ("architecture", "backbone", "preprocessing", "dataset", "forward", "tokens", "dtype"):
+    for field in ("architecture", "backbone", "preprocessing", "dataset", "forward", "form"):
         _compare(field, a[field], b[field], lines)
     return lines
 

@@ -1,7 +1,7 @@
 """Determine every fact of a store before the first forward: layers, shapes, hashes, digest."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import numpy as np
@@ -10,27 +10,45 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .backbone import Backbone
-from .errors import SidebenchError, unknown
+from .errors import SidebenchError
 from .examples import Examples
+from .form import Form, make_form
 from .load import weights_sha256
 from .manifest import ActivationSpec, Manifest
+from .reduction import Reduction, reduction_of
 from .shares import batch_size
-
-TORCH_DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
+from .views import prepare_items
 
 
 @dataclass(frozen=True)
 class CaptureOptions:
-    """What is kept. `layers` are globs; None keeps `embeddings`, every block and `norm`."""
+    """What is kept. `layers` are globs; None keeps `embeddings`, every block and `norm`. For the rest see Form."""
 
     layers: tuple[str, ...] | None = None
     dtype: str = "float16"
     batch_size: int = 64
+    tokens: str = "all"
+    per_channel: bool = False
+    compression: str | None = None
+    views: int = 0
+    seed: int = 0
+
+    def form(self) -> Form:
+        """The form they ask for. Raises SidebenchError for one that is unknown or has no effect."""
+        return make_form(
+            tokens=self.tokens,
+            dtype=self.dtype,
+            per_channel=self.per_channel,
+            compression=self.compression,
+            views=self.views,
+            seed=self.seed,
+        )
 
 
 def options_of(manifest: Manifest) -> CaptureOptions:
     """The options that make a store of these facts."""
-    return CaptureOptions(manifest.layers, manifest.dtype, batch_size(manifest))
+    form = asdict(manifest.form)
+    return CaptureOptions(manifest.layers, batch_size=batch_size(manifest), **{**form, "seed": form["seed"] or 0})
 
 
 @dataclass(frozen=True)
@@ -40,12 +58,13 @@ class Plan:
     backbone: Backbone
     examples: Examples
     manifest: Manifest
-    lengths: NDArray[np.int64] | None  # tokens per text
-    prepared: list[Tensor] | None  # token ids of every text; images are prepared batch by batch
+    reduction: Reduction
+    lengths: NDArray[np.int64] | None  # kept tokens of every item of a ragged store
+    prepared: list[Tensor] | None  # token ids of every item of a text task; images are prepared batch by batch
 
     @cached_property
     def offsets(self) -> NDArray[np.int64] | None:
-        """(N+1,) first row of every text; None for images, where a row is an example."""
+        """(items + 1,) first row of every item of a ragged store; None where a row is an item."""
         return None if self.lengths is None else np.concatenate([[0], np.cumsum(self.lengths)])
 
 
@@ -59,23 +78,24 @@ def plan(backbone: Backbone, examples: Examples, options: CaptureOptions, *, lim
             f"{backbone.arch.name} reads {backbone.arch.modality}, the task holds {examples.modality}; "
             "choose a backbone and a task of one kind (bench backbones, bench tasks)."
         )
-    if options.dtype not in TORCH_DTYPES:
-        raise unknown("storage dtype", options.dtype, TORCH_DTYPES)
+    form = options.form()
+    reduction = reduction_of(form.tokens, backbone.arch, form.seed)
     if options.batch_size < 1:
         raise SidebenchError(f"a batch of {options.batch_size} examples holds nothing; give --batch-size 1 or more.")
     layers = backbone.resolve(options.layers) if options.layers else backbone.layers
     prepared = lengths = None
     if examples.modality == "text":
-        prepared = backbone.preprocess.prepare([examples.load(i) for i in range(len(examples))])
-        lengths = np.array([len(ids) for ids in prepared], dtype=np.int64)
-        if (lengths == 0).any():
-            name = examples.ids[int(lengths.argmin())]
+        prepared = prepare_items(backbone.preprocess, examples, range(len(examples) * (1 + form.views)), form.seed)
+        tokens = np.array([len(ids) for ids in prepared], dtype=np.int64)
+        if (tokens == 0).any():
+            name = examples.ids[int(tokens.argmin()) % len(examples)]
             raise SidebenchError(f"the text of example {name!r} holds no token; give it a word or take it out.")
+        lengths = reduction.lengths(tokens)
     shapes = {name: t.shape for name, t in backbone.capture(backbone.preprocess.dummy(backbone.device), layers).items()}
-    if lengths is not None:
+    if prepared is not None:
         _check_text_layers(shapes)
     specs = tuple(
-        ActivationSpec(layer, None if lengths is not None else int(shapes[layer][1]), int(shapes[layer][2]))
+        ActivationSpec(layer, *reduction.shape(None if prepared is not None else shapes[layer][1], shapes[layer][2]))
         for layer in layers
     )
     kept = limit if limit == len(examples) else None  # a limit beyond the data dropped nothing and is no fact
@@ -88,12 +108,11 @@ def plan(backbone: Backbone, examples: Examples, options: CaptureOptions, *, lim
         preprocessing=backbone.preprocess.facts(),
         dataset={"sha256": examples.content_sha256, "examples": len(examples), "limit": kept},
         forward={"precision": "float32", "attention": _attention(backbone), "batch_size": options.batch_size},
-        tokens="all",
-        dtype=options.dtype,
+        form=form,
         specs=specs,
-        rows=int(lengths.sum()) if lengths is not None else len(examples),
+        rows=int(lengths.sum()) if lengths is not None else len(examples) * (1 + form.views),
     )
-    return Plan(backbone, examples, manifest, lengths, prepared)
+    return Plan(backbone, examples, manifest, reduction, lengths, prepared)
 
 
 def _check_text_layers(shapes: Mapping[str, torch.Size]) -> None:

@@ -40,6 +40,10 @@ class Preprocess(Protocol):
         """How many of `tokens` lead the sequence without being a patch."""
         ...
 
+    def special_ids(self) -> frozenset[int]:
+        """Token ids that are no words and that an augmentation leaves alone."""
+        ...
+
 
 class TextPreprocess:
     """Token ids through a transformers tokenizer, cut at `max_length`, padded on the right to the longest."""
@@ -85,6 +89,10 @@ class TextPreprocess:
         """Zero: a text's mean runs over all its tokens, as sentence embeddings do."""
         return 0
 
+    def special_ids(self) -> frozenset[int]:
+        """See Preprocess."""
+        return frozenset(int(i) for i in self.tokenizer.all_special_ids)
+
 
 class ImagePreprocess:
     """Pixels through a transformers image processor (or any callable with `to_dict`), all of one size."""
@@ -129,6 +137,10 @@ class ImagePreprocess:
         if not self.patch_size:
             return 0
         return max(tokens - (self.image_size // self.patch_size) ** 2, 0)
+
+    def special_ids(self) -> frozenset[int]:
+        """See Preprocess: an image has none."""
+        return frozenset()
 
 
 class PlainImageProcessor:

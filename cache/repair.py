@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from .errors import SidebenchError, disk_errors
-from .fill import Progress, fill, pool_missing
+from .fidelity import examine
+from .fill import Channels, Progress, fill, pool_missing, stored_channels
 from .layout import GROUP_METADATA, checksum
 from .lock import builder_lock
 from .manifest import MANIFEST, Manifest, StoredObject, differences, read_manifest
@@ -69,11 +70,26 @@ def _recompute(
     """Write bad chunks from the backbone and the data; returns those that came out differently."""
     writer = StoreWriter(folder, planned.manifest, only=chunks, wanted=objects)
     try:
-        fill(planned, writer, progress)
+        fill(planned, writer, _channels(planned, writer), progress)
         writer.finish()
     finally:
         writer.close()
     return writer.refused
+
+
+def _channels(planned: Plan, writer: StoreWriter) -> Channels:
+    """The channels that the store was built with, computed again where they are damaged."""
+    if missing := writer.missing("channels"):
+        found = examine(planned).channels
+        for path in missing:
+            writer.append(path, found[path.removeprefix("channels/")].numpy())
+        writer.finish()
+        if writer.refused:
+            raise SidebenchError(
+                f"the channels of {planned.manifest.folder_name} are damaged and come out otherwise here; remove "
+                "the cache and build it again."
+            )
+    return stored_channels(planned.manifest, writer)
 
 
 def _pool_again(folder: Path, manifest: Manifest, objects: Mapping[str, StoredObject], chunks: Chunks) -> list[str]:

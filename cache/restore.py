@@ -103,7 +103,7 @@ def _copy(
         whole = layout.empty_chunk()
         with reading(path):
             whole[: stop - start] = dataset[start:stop]
-        if checksum(whole) != objects[f"{name}/{layout.chunk_key(chunk)}"].crc32c:
+        if checksum(layout.encode(whole)) != objects[f"{name}/{layout.chunk_key(chunk)}"].crc32c:
             raise Altered(
                 f"{path}: {name}, rows {start} to {stop}, are not what was exported; copy the file again, or export "
                 "it again."

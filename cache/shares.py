@@ -13,7 +13,7 @@ Chunks = Mapping[str, Sequence[int]]
 """Chunk numbers by array path."""
 
 Offsets = NDArray[np.int64] | None
-"""(N+1,) first row of every example of ragged layers; None when a row is an example."""
+"""(items + 1,) first row of every item of ragged layers; None where a row is an item."""
 
 
 def batch_size(manifest: Manifest) -> int:
@@ -29,7 +29,7 @@ def batches_for(manifest: Manifest, chunks: Chunks, offsets: Offsets) -> list[in
     size, layouts = batch_size(manifest), manifest.arrays()
     found: set[int] = set()
     for path, numbers in chunks.items():
-        ragged = offsets if path.startswith("layers/") else None
+        ragged = None if path.startswith("pooled/") else offsets
         for chunk in numbers:
             first, last = _examples_in(layouts[path], chunk, ragged)
             found.update(range(first // size * size, last + 1, size))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .backbone import Architecture, Backbone
+from .encode import Stored
 from .errors import SidebenchError, unknown
 
 Index = NDArray[np.int64]
@@ -18,9 +19,9 @@ Index = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Activations:
-    """A batch: per layer (B, T, D) in storage dtype, padded with zeros on the right; mask (B, T) of real tokens."""
+    """A batch: per layer (B, T, D) as stored, padded with zeros on the right; mask (B, T) of real tokens."""
 
-    layers: Mapping[str, Tensor]
+    layers: Mapping[str, Stored]
     mask: Tensor
 
     def to(self, device: torch.device) -> "Activations":
@@ -30,46 +31,25 @@ class Activations:
 
 
 class Store(ABC):
-    """Read-only activations of N examples. `StoreContract` in the tests holds for every subclass."""
+    """Read-only activations of N items. `StoreContract` in the tests holds for every subclass.
+
+    An item is an example, or beyond these a view of one (see cache.views).
+    """
 
     architecture: Architecture
     layers: tuple[str, ...]
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of examples N."""
+        """Number of items N."""
 
     @abstractmethod
     def read(self, index: Index, layers: Sequence[str]) -> Activations:
-        """Activations of the examples `index` (B,), in that order, repeats allowed.
+        """Activations of the items `index` (B,), in that order, repeats allowed.
 
         Raises SidebenchError for a layer the store does not hold or a chunk whose checksum is wrong, IndexError for an
         index outside 0 … N-1.
         """
-
-
-class MemoryStore(Store):
-    """Activations held in RAM: one (T_i, D) tensor per example and layer."""
-
-    def __init__(self, architecture: Architecture, layers: Mapping[str, Sequence[Tensor]]) -> None:
-        self.architecture = architecture
-        self.layers = tuple(layers)
-        self._rows = {name: list(rows) for name, rows in layers.items()}
-
-    def __len__(self) -> int:
-        return len(next(iter(self._rows.values())))
-
-    def read(self, index: Index, layers: Sequence[str]) -> Activations:
-        """See Store."""
-        check_index(index, len(self))
-        require_layers(self.layers, layers)
-        lengths = [len(self._rows[layers[0]][i]) for i in index]
-        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-        padded = {
-            name: torch.nn.utils.rnn.pad_sequence([self._rows[name][i] for i in index], batch_first=True)
-            for name in layers
-        }
-        return Activations(padded, mask)
 
 
 class LiveStore(Store):
@@ -100,13 +80,13 @@ class LiveStore(Store):
         return Activations({name: value * mask[..., None] for name, value in kept.items()}, mask)
 
 
-def check_index(index: Index, examples: int) -> None:
-    """Raise IndexError unless every index lies in 0 … examples-1 (negative ones are no shorthand here)."""
+def check_index(index: Index, items: int) -> None:
+    """Raise IndexError unless every index lies in 0 … items-1 (negative ones are no shorthand here)."""
     if len(index) == 0:
         raise IndexError("an empty batch was asked for")
     low, high = int(index.min()), int(index.max())
-    if low < 0 or high >= examples:
-        raise IndexError(f"example {low if low < 0 else high} is outside 0 … {examples - 1}")
+    if low < 0 or high >= items:
+        raise IndexError(f"item {low if low < 0 else high} is outside 0 … {items - 1}")
 
 
 def require_layers(held: Sequence[str], wanted: Sequence[str]) -> None:

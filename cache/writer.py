@@ -47,7 +47,7 @@ class StoreWriter:
         self._objects: dict[str, StoredObject] = {}
         self._position = dict.fromkeys(self._layouts, 0)
         self._buffers: dict[str, NDArray[Any]] = {}
-        self._queue: queue.Queue[tuple[str, NDArray[Any]] | None] = queue.Queue(maxsize=2 * len(manifest.specs))
+        self._queue: queue.Queue[tuple[str, int, NDArray[Any]] | None] = queue.Queue(maxsize=2 * len(manifest.specs))
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         if only is None:
@@ -59,9 +59,9 @@ class StoreWriter:
             self._missing = {path: set(only.get(path, ())) for path in self._layouts}
             self.resumed_chunks = 0
 
-    def missing(self, kind: str) -> Chunks:
-        """Chunks still to be written of the arrays below `kind` ("layers" or "pooled")."""
-        return {p: sorted(chunks) for p, chunks in self._missing.items() if chunks and p.startswith(f"{kind}/")}
+    def missing(self, *groups: str) -> Chunks:
+        """Chunks still to be written of the arrays in these groups ("layers", "pooled", …)."""
+        return {p: sorted(chunks) for p, chunks in self._missing.items() if chunks and p.partition("/")[0] in groups}
 
     def look_again(self) -> int:
         """Take what somebody else has made whole on disk off the missing chunks; returns how many that were."""
@@ -94,7 +94,7 @@ class StoreWriter:
         rows = np.empty((stop - start, *layout.shape[1:]), dtype=layout.numpy_dtype)
         for begin in range(start // layout.chunk_rows * layout.chunk_rows, stop, layout.chunk_rows):
             file = self.folder / path / layout.chunk_key(begin // layout.chunk_rows)
-            chunk = np.memmap(file, dtype=layout.numpy_dtype, mode="r", shape=layout.chunk_shape)
+            chunk = layout.decode(np.memmap(file, dtype=np.uint8, mode="r")[:-CHECKSUM_BYTES])
             low, high = max(start, begin), min(stop, begin + layout.chunk_rows)
             rows[low - start : high - start] = chunk[low - begin : high - begin]
         return rows
@@ -123,9 +123,8 @@ class StoreWriter:
 
     def _lay_out(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._put_object("zarr.json", GROUP_METADATA.encode())
-        for group in ("layers", "pooled"):
-            self._put_object(f"{group}/zarr.json", GROUP_METADATA.encode())
+        for group in self.manifest.groups():
+            self._put_object(f"{group}/zarr.json".lstrip("/"), GROUP_METADATA.encode())
         for path, layout in self._layouts.items():
             self._put_object(f"{path}/zarr.json", layout.metadata().encode())
 
@@ -143,9 +142,11 @@ class StoreWriter:
         target = self.folder / key
         if not target.exists():
             return False
-        data = np.fromfile(target, dtype=np.uint8) if target.stat().st_size == layout.object_bytes else None
+        size = target.stat().st_size
+        plausible = size == layout.object_bytes if layout.object_bytes else size > CHECKSUM_BYTES
+        data = np.fromfile(target, dtype=np.uint8) if plausible else None
         if data is not None and trailer(crc := checksum(data[:-CHECKSUM_BYTES])) == data[-CHECKSUM_BYTES:].tobytes():
-            self._objects[key] = StoredObject(layout.object_bytes, crc)
+            self._objects[key] = StoredObject(size, crc)
             return True
         target.unlink()
         return False
@@ -160,13 +161,13 @@ class StoreWriter:
         if chunk * layout.chunk_rows + offset + len(rows) == end:
             del self._buffers[path]
             self._missing[path].discard(chunk)
-            self._hand_over(f"{path}/{layout.chunk_key(chunk)}", buffer)
+            self._hand_over(path, chunk, buffer)
 
-    def _hand_over(self, key: str, buffer: NDArray[Any]) -> None:
+    def _hand_over(self, path: str, chunk: int, buffer: NDArray[Any]) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._write_chunks, name="sidebench-writer", daemon=True)
             self._thread.start()
-        self._queue.put((key, buffer))
+        self._queue.put((path, chunk, buffer))
         if self._failure is not None:
             self.finish()
 
@@ -183,22 +184,23 @@ class StoreWriter:
         while (item := self._queue.get()) is not None:
             if self._failure is not None:
                 continue  # keep emptying the queue so that the other side never blocks
-            key, buffer = item
             started = perf_counter()
             try:
-                self._write_chunk(key, buffer)
+                self._write_chunk(*item)
             except Exception as error:  # a dead thread would leave the other side waiting for ever
                 self._failure = error
             self.write_seconds += perf_counter() - started
 
-    def _write_chunk(self, key: str, buffer: NDArray[Any]) -> None:
-        made = StoredObject(buffer.nbytes + CHECKSUM_BYTES, checksum(buffer))
+    def _write_chunk(self, path: str, chunk: int, buffer: NDArray[Any]) -> None:
+        layout = self._layouts[path]
+        key, payload = f"{path}/{layout.chunk_key(chunk)}", layout.encode(buffer)
+        made = StoredObject(len(payload) + CHECKSUM_BYTES, checksum(payload))
         if self._wanted is not None and self._wanted[key] != made:
             self.refused.append(key)
             return
         target = self.folder / key
         target.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(target, buffer.reshape(-1).view(np.uint8).data, trailer(made.crc32c))
+        replace_file(target, payload, trailer(made.crc32c))
         self._objects[key] = made
 
 

@@ -1,8 +1,9 @@
 """Reads a committed store straight from its chunk files: memory maps, no codec pipeline, each chunk checked once."""
 
 import json
+import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .buffers import Buffers
+from .encode import Stored, from_numpy, to_numpy
 from .errors import SidebenchError
 from .layout import CHECKSUM_BYTES, checksum, trailer
 from .manifest import StoredObject, read_manifest
+from .quantise import Quantised
 from .store import Activations, Index, Store, check_index, require_layers
 
 _OPEN_MAPS = 512  # one map per chunk of a large store would pass the kernel's limit
-_TORCH_DTYPES = {
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "int64": torch.int64,
-}
+_DECODED_BYTES = 2**28  # decompressed chunks that are kept; whoever needs more loads the store into RAM
 
 
 @dataclass(frozen=True)
@@ -43,16 +41,23 @@ class ZarrStore(Store):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest, self._objects = read_manifest(folder)
-        self.architecture = self.manifest.architecture
+        self.architecture = self.manifest.seen
         self.layers = self.manifest.layers
         self._layouts = self.manifest.arrays()
         self._maps: OrderedDict[tuple[str, int], NDArray[Any]] = OrderedDict()
         self._buffers = Buffers()
+        self._channels: dict[str, Tensor] = {}
+        self._decoded_bytes = 0
         self._checked: set[tuple[str, int]] = set()
         self._offsets = self._whole("offsets").numpy() if self.manifest.ragged else None
         self._check_offsets()
 
     def __len__(self) -> int:
+        return self.manifest.items
+
+    @property
+    def examples(self) -> int:
+        """Number of examples N; views of them follow as further items."""
         return self.manifest.examples
 
     @property
@@ -66,18 +71,18 @@ class ZarrStore(Store):
         if problem := _object_problem(self.folder, "ids.json", self._objects["ids.json"]):
             raise self._damaged("ids.json", problem)
         ids = json.loads((self.folder / "ids.json").read_text("ascii"))
-        if len(ids) != len(self):
-            raise self._damaged("ids.json", f"it names {len(ids)} examples, the manifest {len(self)}")
+        if len(ids) != self.examples:
+            raise self._damaged("ids.json", f"it names {len(ids)} examples, the manifest {self.examples}")
         return tuple(str(i) for i in ids)
 
     def lengths(self) -> NDArray[np.int64]:
-        """(N,) tokens per example."""
+        """(items,) tokens per item."""
         if self._offsets is None:
             return np.full(len(self), self.manifest.specs[0].tokens, dtype=np.int64)
         return np.diff(self._offsets)
 
     def pooled(self, layer: str) -> Tensor:
-        """(N, 2, D) in storage dtype: the first token, and the mean over real tokens that are no prefix."""
+        """(items, 2, D): the first token, and the mean over real tokens that are no prefix."""
         require_layers(self.layers, [layer])
         return self._whole(f"pooled/{layer}")
 
@@ -86,12 +91,45 @@ class ZarrStore(Store):
         check_index(index, len(self))
         require_layers(self.layers, layers)
         if self._offsets is None:
-            found = {layer: self._gather(f"layers/{layer}", index) for layer in layers}
+            found = {layer: self._stored(layer, lambda path: self._gather(path, index)) for layer in layers}
             tokens = next(iter(found.values())).shape[1]
             return Activations(found, torch.ones((len(index), tokens), dtype=torch.bool))
         starts, lengths = self._offsets[index], np.diff(self._offsets)[index]
-        found = {layer: self._gather_ragged(f"layers/{layer}", starts, lengths) for layer in layers}
+        found = {
+            layer: self._stored(layer, lambda path: self._gather_ragged(path, starts, lengths)) for layer in layers
+        }
         return Activations(found, torch.arange(int(lengths.max())) < torch.from_numpy(lengths)[:, None])
+
+    @property
+    def offsets(self) -> Index | None:
+        """(items + 1,) first row of every item of a ragged store; None where a row is an item."""
+        return self._offsets
+
+    def whole(self, layer: str) -> Stored:
+        """Everything a layer holds: (items, T, D), or ragged (rows, D)."""
+        require_layers(self.layers, [layer])
+        return self._stored(layer, self._whole)
+
+    def bytes_of(self, layers: Sequence[str]) -> int:
+        """Bytes of these layers in memory."""
+        require_layers(self.layers, layers)
+        groups = ("layers", "scales", "channels")
+        sizes = {path: math.prod(a.shape) * a.numpy_dtype.itemsize for path, a in self._layouts.items()}
+        return sum(sizes.get(f"{group}/{layer}", 0) for group in groups for layer in layers)
+
+    def channels(self, layer: str) -> Tensor | None:
+        """(D, 2) centre and spread of a layer's channels; None where they were not normalised."""
+        if not self.manifest.form.per_channel:
+            return None
+        if layer not in self._channels:
+            self._channels[layer] = self._whole(f"channels/{layer}")
+        return self._channels[layer]
+
+    def _stored(self, layer: str, gather: Callable[[str], Tensor]) -> Stored:
+        values = gather(f"layers/{layer}")
+        if not self.manifest.form.quantised:
+            return values
+        return Quantised(values, gather(f"scales/{layer}"), self.channels(layer))
 
     def verify(self) -> list[BadChunk]:
         """See the function of this name."""
@@ -111,29 +149,35 @@ class ZarrStore(Store):
             raw = np.memmap(self.folder / name, dtype=np.uint8, mode="r")
         except (OSError, ValueError):
             raise self._damaged(name, "missing or empty") from None
-        if len(raw) != layout.object_bytes:
-            raise self._damaged(name, f"it has {len(raw)} bytes, wanted {layout.object_bytes}")
+        if len(raw) != stated.bytes:
+            raise self._damaged(name, f"it has {len(raw)} bytes, wanted {stated.bytes}")
         payload = raw[:-CHECKSUM_BYTES]
         if key not in self._checked:
             if checksum(payload) != stated.crc32c or raw[-CHECKSUM_BYTES:].tobytes() != trailer(stated.crc32c):
                 raise self._damaged(name, "its checksum differs from the manifest")
             self._checked.add(key)
-        found = np.asarray(payload).view(layout.numpy_dtype).reshape(layout.chunk_shape)  # a plain array slices faster
+        try:
+            found = layout.decode(payload)
+        except ValueError as error:
+            raise self._damaged(name, str(error)) from None
         self._maps[key] = found
-        if len(self._maps) > _OPEN_MAPS:
-            self._maps.popitem(last=False)
+        if layout.compression is not None:
+            self._decoded_bytes += found.nbytes
+        while len(self._maps) > _OPEN_MAPS or self._decoded_bytes > max(_DECODED_BYTES, found.nbytes):
+            (path, _), dropped = self._maps.popitem(last=False)
+            self._decoded_bytes -= dropped.nbytes if self._layouts[path].compression else 0
         return found
 
     def _whole(self, path: str) -> Tensor:
         layout = self._layouts[path]
         rows = np.concatenate([self._chunk(path, c) for c in range(layout.chunks)])[: layout.shape[0]]
-        return torch.from_numpy(rows).view(_TORCH_DTYPES[layout.dtype])
+        return from_numpy(rows, layout.dtype)
 
     def _gather(self, path: str, index: Index) -> Tensor:
         layout = self._layouts[path]
         out = self._empty(path, (len(index), *layout.shape[1:]))
         # Row by row with numpy: torch would gather on all cores, in a thread beside one that trains on all cores.
-        raw = bits(out)
+        raw = to_numpy(out)
         for row, example in enumerate(index.tolist()):
             chunk, offset = divmod(example, layout.chunk_rows)
             raw[row] = self._chunk(path, chunk)[offset]
@@ -142,7 +186,7 @@ class ZarrStore(Store):
     def _gather_ragged(self, path: str, starts: Index, lengths: Index) -> Tensor:
         layout = self._layouts[path]
         out = self._empty(path, (len(starts), int(lengths.max()), *layout.shape[1:]))
-        raw = bits(out)
+        raw = to_numpy(out)
         for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
             done = 0
             while done < length:  # an example may straddle chunks
@@ -155,7 +199,7 @@ class ZarrStore(Store):
 
     def _empty(self, path: str, shape: tuple[int, ...]) -> Tensor:
         layout = self._layouts[path]
-        return torch.from_numpy(self._buffers.empty(shape, layout.numpy_dtype)).view(_TORCH_DTYPES[layout.dtype])
+        return from_numpy(self._buffers.empty(shape, layout.numpy_dtype), layout.dtype)
 
     def _check_offsets(self) -> None:
         if self._offsets is None:
@@ -169,11 +213,6 @@ class ZarrStore(Store):
             f"the activation cache {self.folder} is damaged: {name}: {reason}. "
             f"`bench cache verify {self.folder}` shows all of it, with --repair it recomputes what is bad."
         )
-
-
-def bits(tensor: Tensor) -> NDArray[Any]:
-    """The same memory as a numpy array; bfloat16, which numpy does not know, as its bits."""
-    return (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
 
 
 def verify(folder: Path) -> list[BadChunk]:

@@ -121,7 +121,7 @@ def test_the_nearest_store_is_named_with_every_field_wanted_and_found(
     said = catalog.nearest_mismatch(tmp_path, wanted)
     assert said == (
         f"the nearest is {store.folder.name}, which differs in "
-        "forward.batch_size: wanted 4, found 8; dtype: wanted bfloat16, found float32"
+        "forward.batch_size: wanted 4, found 8; form.dtype: wanted bfloat16, found float32"
     )
 
 
@@ -135,7 +135,7 @@ def test_the_closer_of_two_stores_is_the_nearest(
     tiny_bert: Backbone, store: BuildResult, another: BuildResult, tmp_path: Path
 ) -> None:
     for nearest in (store, another):
-        options = CaptureOptions(dtype=nearest.manifest.dtype, batch_size=4)
+        options = CaptureOptions(dtype=nearest.manifest.form.dtype, batch_size=4)
         wanted = plan(tiny_bert, toys.make_texts(20), options).manifest
         assert f"the nearest is {nearest.folder.name}" in catalog.nearest_mismatch(tmp_path, wanted)
 

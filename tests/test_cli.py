@@ -302,7 +302,7 @@ def test_a_cache_is_built_found_listed_described_verified_and_removed(
 
     info = json.loads(bench("cache", "info", built["digest"][:8], "--json").stdout)
     assert info["digest"] == built["digest"]
-    assert info["facts"]["dtype"] == "float16"
+    assert info["facts"]["form"]["dtype"] == "float16"
     assert info == json.loads(bench("cache", "info", built["path"], "--json").stdout)
 
     verified = bench("cache", "verify", built["digest"][:8], "--json")
@@ -360,7 +360,7 @@ def test_a_foreign_or_altered_store_is_refused(bench: Bench, built: dict[str, An
     _refused(bench("cache", "verify", str(tmp_path / "foreign.zarr")), "is not a complete activation cache")
     _refused(bench("cache", "rm", str(tmp_path / "foreign.zarr"), "--yes"), "nothing was removed")
     assert (tmp_path / "foreign.zarr").is_dir()
-    toys.edit_json(Path(built["path"]) / "manifest.json", lambda found: found["facts"].update(tokens="cls"))
+    toys.edit_json(Path(built["path"]) / "manifest.json", lambda found: found["facts"]["form"].update(tokens="cls"))
     _refused(bench("cache", "verify", built["digest"]), "manifest.json was altered")
 
 

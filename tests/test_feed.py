@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sidebench.cache.backbone import Backbone
 from sidebench.cache.errors import SidebenchError
 from sidebench.cache.feed import activation_batches, ahead, batches_of, epoch_order
-from sidebench.cache.store import Index, LiveStore, MemoryStore
+from sidebench.cache.store import Index, LiveStore
 from sidebench.cache.zarr_store import ZarrStore
 
 INDICES = st.lists(st.integers(0, 10**6), max_size=200, unique=True).map(lambda v: np.array(v, dtype=np.int64))
@@ -85,7 +85,7 @@ def test_every_store_feeds_the_same_examples_in_the_same_order(tiny_bert: Backbo
     on_disk = ZarrStore(toys.build_store(tiny_bert, examples, tmp_path).folder)
     live = LiveStore(tiny_bert, toys.prepare(tiny_bert, examples))
     rows = {layer: [live.read(np.array([i]), [layer]).layers[layer][0] for i in range(50)] for layer in live.layers}
-    in_ram = MemoryStore(tiny_bert.arch, rows)
+    in_ram = toys.in_memory(tiny_bert.arch, rows)
     batches = batches_of(epoch_order(np.arange(50), seed=0, epoch=0), 16)
     epochs = [list(activation_batches(store, batches, ["blocks.1"])) for store in (on_disk, live, in_ram)]
     for (index, one), (index_live, two), (index_ram, three) in zip(*epochs, strict=True):

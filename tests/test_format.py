@@ -49,7 +49,7 @@ def test_the_numbers_of_the_page_are_those_of_the_code(monkeypatch: pytest.Monke
     assert str(layout._BFLOAT16_NAN) in PAGE
     assert crc32c(b"123456789") == 0xE3069283
     for rows in (1, 64, 65, 800, 5_000, 123_457):
-        array = layout.ArrayLayout((rows, 197, 768), "float16")
+        array = layout.ArrayLayout((rows, 197, 768), "float16", ("item", "token", "width"))
         chunks = max(round(rows * 197 * 768 * 2 / 16_000_000), 1)
         assert array.chunk_rows == math.ceil(rows / chunks / 64) * 64
 
@@ -109,8 +109,8 @@ def test_a_reader_written_from_the_page_reads_every_array_and_knows_every_file(s
     for spec in facts["specs"]:
         tokens, width = spec["tokens"], spec["width"]
         shape = (rows, width) if tokens is None else (examples_count, tokens, width)
-        arrays[f"layers/{spec['layer']}"] = (shape, facts["dtype"])
-        arrays[f"pooled/{spec['layer']}"] = ((examples_count, 2, width), facts["dtype"])
+        arrays[f"layers/{spec['layer']}"] = (shape, facts["form"]["dtype"])
+        arrays[f"pooled/{spec['layer']}"] = ((examples_count, 2, width), facts["form"]["dtype"])
     if facts["specs"][0]["tokens"] is None:
         arrays["offsets"] = ((examples_count + 1,), "int64")
     implied = {"zarr.json", "layers/zarr.json", "pooled/zarr.json", "ids.json"}

@@ -297,7 +297,7 @@ def test_vectors_are_one_token_each_and_mixed_dtypes_become_float32(write: Write
     half, full = _draw(EXAMPLES, 8, dtype=np.float16), _draw(EXAMPLES, 8, seed=1)
     store = ZarrStore(bring(write(a=half, b=full, labels=np.arange(EXAMPLES)), said).folder)
     assert torch.equal(_everything(store, "embeddings")[:, 0], torch.from_numpy(half).float())
-    assert store.manifest.dtype == "float32"
+    assert store.manifest.form.dtype == "float32"
     assert any("differ in dtype" in line for line in said)
     assert any("left out" in line and "labels" in line for line in said)
 
@@ -645,7 +645,7 @@ def test_imported_features_are_named_and_of_one_task(place: Path, task: str, tmp
     prepared = prepare(dataclasses.replace(inputs, backbone="imported:mine"), **options)
     with pytest.raises(SidebenchError, match="no network behind it"):
         plan_store(prepared, CaptureOptions())
-    with pytest.raises(SidebenchError, match="--layers is chosen when features are imported"):
+    with pytest.raises(SidebenchError, match="are chosen when features are made"):
         _compare(place, task, "unipt", capture=CaptureOptions(("blocks.0",)))
 
 

@@ -10,6 +10,7 @@ from outcomes import CATEGORIES, make_outcome
 
 from sidebench.bench.report import COLUMNS, cells, failures, markdown, print_table, skipped, verdicts
 from sidebench.bench.table import comparisons, rows
+from sidebench.cache.form import Form
 
 RIGHT = [[1, 0, 1, 1, 0, 1, 1, 1]]
 HOSTILE = (
@@ -156,7 +157,14 @@ def test_memory_by_category_leaves_out_a_method_that_has_none(tmp_path: Path) ->
 
 
 def test_the_cache_is_described_with_its_size_and_build_time(tmp_path: Path) -> None:
-    store = {"digest": "ab" * 32, "bytes": 5 * 2**20, "dtype": "float16", "layers": ["blocks.0"], "build_seconds": 4.25}
+    store = {
+        "digest": "ab" * 32,
+        "bytes": 5 * 2**20,
+        "form": dataclasses.asdict(Form()),
+        "layers": ["blocks.0"],
+        "build_seconds": 4.25,
+        "relative_errors": {},
+    }
     outcome = make_outcome(tmp_path, {"ok": RIGHT})
     assert "5.0 MiB, float16, 1 layers (blocks.0), built in 4.2 s" in _markdown(
         dataclasses.replace(outcome, store=store)

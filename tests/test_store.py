@@ -25,9 +25,10 @@ from sidebench.cache import layout
 from sidebench.cache.backbone import Architecture, Backbone
 from sidebench.cache.build import CaptureOptions, plan
 from sidebench.cache.errors import SidebenchError
+from sidebench.cache.form import Form
 from sidebench.cache.layout import ArrayLayout
 from sidebench.cache.manifest import ActivationSpec, Manifest, canonical_json, read_manifest
-from sidebench.cache.store import LiveStore, MemoryStore, Store
+from sidebench.cache.store import LiveStore, Store
 from sidebench.cache.zarr_store import ZarrStore
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -229,7 +230,7 @@ class TestZarrStore(StoreContract):
         assert array.chunks == (64, *array.shape[1:])
         assert [type(codec).__name__ for codec in array.metadata.codecs] == ["BytesCodec", "Crc32cCodec"]
         assert array.metadata.dimension_names == (
-            ("token", "width") if kind[0] == "text" else ("example", "token", "width")
+            ("token", "width") if kind[0] == "text" else ("item", "token", "width")
         )
         fill = np.array([array.metadata.fill_value])
         assert torch.from_numpy(fill).view(DTYPES[kind[1]]).isnan().all()
@@ -250,7 +251,7 @@ class TestMemoryStore(StoreContract):
 
     @pytest.fixture
     def store(self, built: dict[Any, Toy], kind: Any) -> Store:
-        return MemoryStore(built[kind].backbone.arch, built[kind].wanted)
+        return toys.in_memory(built[kind].backbone.arch, built[kind].wanted)
 
 
 @pytest.mark.parametrize("kind", [("text", "float32"), ("image", "float32")], ids="-".join)
@@ -469,9 +470,19 @@ def test_a_manifest_that_lists_files_of_its_own_choosing_is_refused(toy: Toy, ke
         lambda f: f["architecture"].update(surprise=1),
         lambda f: f.update(forward=[1]),
         lambda f: f.update(specs=[]),
-        lambda f: f.update(dtype=["float16"]),
-        lambda f: f.update(dtype="float64"),
-        lambda f: f.update(format="sidebench-activations/2"),
+        lambda f: f["form"].update(dtype=["float16"]),
+        lambda f: f["form"].update(dtype="float64"),
+        lambda f: f["form"].update(tokens="grid"),
+        lambda f: f["form"].update(tokens=["all"]),
+        lambda f: f["form"].update(per_channel=True),
+        lambda f: f["form"].update(compression="gzip"),
+        lambda f: f["form"].update(views=-1),
+        lambda f: f["form"].update(views=1),
+        lambda f: f["form"].update(views=2**60),
+        lambda f: f["form"].update(seed="0"),
+        lambda f: f["form"].update(surprise=1),
+        lambda f: f.update(form=None),
+        lambda f: f.update(format="sidebench-activations/1"),
         lambda f: f.update(surprise=1),
     ],
 )
@@ -565,7 +576,7 @@ def test_chunks_cover_the_rows_and_are_multiples_of_64(rows: int, inner: list[in
     for size in (1, 16_000_000):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(layout, "CHUNK_BYTES", size)
-            array = ArrayLayout((rows, *inner), dtype)
+            array = ArrayLayout((rows, *inner), dtype, ("item", "token", "width")[: 1 + len(inner)])
             assert array.chunk_rows % 64 == 0
             assert (array.chunks - 1) * array.chunk_rows < rows <= array.chunks * array.chunk_rows
             assert size == 1 or array.chunk_rows == 64 or array.object_bytes < 3 * size
@@ -582,8 +593,7 @@ def _manifest() -> Manifest:
         preprocessing={"kind": "image", "image_size": 16},
         dataset={"sha256": "cd", "examples": 3, "limit": None},
         forward={"precision": "float32", "attention": "sdpa", "batch_size": 64},
-        tokens="all",
-        dtype="float16",
+        form=Form(),
         specs=(ActivationSpec("embeddings", 5, 4), ActivationSpec("norm", 5, 4)),
         rows=3,
     )
@@ -593,10 +603,11 @@ CANONICAL = (
     '{"architecture":{"activation":"gelu","blocks":2,"causal":false,"final_layer":"norm","heads":2,"layer_scale":false,'
     '"mlp_width":8,"modality":"image","name":"ViTModel","norm":"pre","norm_eps":1e-12,"prefix_tokens":1,"width":4},'
     '"backbone":{"config":{"a":"\\u00e9","b":1},"weights_sha256":"ab"},'
-    '"dataset":{"examples":3,"limit":null,"sha256":"cd"},"dtype":"float16","format":"sidebench-activations/1",'
-    '"forward":{"attention":"sdpa","batch_size":64,"precision":"float32"},'
+    '"dataset":{"examples":3,"limit":null,"sha256":"cd"},'
+    '"form":{"compression":null,"dtype":"float16","per_channel":false,"seed":null,"tokens":"all","views":0},'
+    '"format":"sidebench-activations/2","forward":{"attention":"sdpa","batch_size":64,"precision":"float32"},'
     '"preprocessing":{"image_size":16,"kind":"image"},"rows":3,'
-    '"specs":[{"layer":"embeddings","tokens":5,"width":4},{"layer":"norm","tokens":5,"width":4}],"tokens":"all"}'
+    '"specs":[{"layer":"embeddings","tokens":5,"width":4},{"layer":"norm","tokens":5,"width":4}]}'
 )
 
 
@@ -632,6 +643,7 @@ def digests(tiny_bert: Backbone, tiny_vit: Backbone, models: Path, tmp_path_fact
     return {
         "base": digest(),
         "again": digest(),
+        "a seed of nothing": digest(seed=7),
         "another folder": digest(toys.load(moved)),
         "weights": digest(changed),
         "tokenizer": digest(toys.load(other_words)),
@@ -641,6 +653,14 @@ def digests(tiny_bert: Backbone, tiny_vit: Backbone, models: Path, tmp_path_fact
         "a label": digest(examples=one_label),
         "limit": digest(limit=20),
         "dtype": digest(dtype="bfloat16"),
+        "quantised": digest(dtype="int8"),
+        "per channel": digest(dtype="int8", per_channel=True),
+        "tokens": digest(tokens="mean"),
+        "compression": digest(compression="zstd"),
+        "views": digest(views=2),
+        "other views": digest(views=2, seed=1),
+        "projection": digest(tokens="proj:8"),
+        "another projection": digest(tokens="proj:8", seed=1),
         "batch size": digest(batch_size=32),
         "layers": digest(layers=("blocks.1",)),
         "image": digest(tiny_vit),
@@ -648,12 +668,15 @@ def digests(tiny_bert: Backbone, tiny_vit: Backbone, models: Path, tmp_path_fact
     }
 
 
+UNCHANGED = ("again", "another folder", "a seed of nothing")
+
+
 def test_the_digest_changes_with_every_fact(digests: dict[str, str]) -> None:
-    different = {name: value for name, value in digests.items() if name not in ("again", "another folder")}
+    different = {name: value for name, value in digests.items() if name not in UNCHANGED}
     assert len(set(different.values())) == len(different), different
 
 
-@pytest.mark.parametrize("same", ["again", "another folder"])
+@pytest.mark.parametrize("same", UNCHANGED)
 def test_the_digest_does_not_change_with_what_is_no_fact(digests: dict[str, str], same: str) -> None:
     assert digests[same] == digests["base"]
 

@@ -33,6 +33,7 @@ class Recorded:
 
     vectors: Tensor
     asked: list[list[int]] = field(default_factory=list)
+    views: int = 0
 
     def batches(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[Batch]:
         for index in batches:

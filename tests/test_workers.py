@@ -121,7 +121,7 @@ class Here:
         for number, share in reversed(list(enumerate(shares))):
             if number != self.skip:
                 writer = StoreWriter(self.folder, self.planned.manifest, only=share)
-                compute(self.planned, writer, lambda *_: None)
+                compute(self.planned, writer, {}, lambda *_: None)
                 writer.finish()
         computed(10**9)
         return 1.0, 1.0
@@ -152,7 +152,7 @@ def test_a_share_that_was_never_written_is_written_by_the_parent(planned: Plan, 
 def test_a_worker_writes_its_share_and_nothing_else(planned: Plan, tmp_path: Path) -> None:
     share = share_out(planned.manifest, _all_chunks(planned), planned.offsets, 3)[1]
     writer = StoreWriter(tmp_path / "x.zarr", planned.manifest, only=share)
-    compute(planned, writer, lambda *_: None)
+    compute(planned, writer, {}, lambda *_: None)
     writer.finish()
     arrays = planned.manifest.arrays()
     wanted = {f"{path}/{arrays[path].chunk_key(chunk)}" for path, owned in share.items() for chunk in owned}

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from sidebench.cache.backbone import Backbone
+from sidebench.cache.backbone import Architecture, Backbone
 from sidebench.cache.build import BuildResult, CaptureOptions, build, plan
 from sidebench.cache.examples import Modality
 from sidebench.cache.load import load_backbone
+from sidebench.cache.memory_store import MemoryStore
 
 WORDS = (
     *("a", "the", "film", "is", "was", "good", "bad", "very", "dull"),
@@ -142,6 +143,13 @@ def build_store(backbone: Backbone, examples: Any, cache_dir: Path, **options: A
     """Build a store in float32 with small batches unless told otherwise."""
     chosen = CaptureOptions(**{"dtype": "float32", "batch_size": 8, **options})
     return build(plan(backbone, examples, chosen), cache_dir, notes={"backbone": "toy", "task": "toy"})
+
+
+def in_memory(architecture: Architecture, rows: Mapping[str, Sequence[torch.Tensor]]) -> MemoryStore:
+    """A MemoryStore of one (T_i, D) tensor per layer and example."""
+    lengths = [len(row) for row in next(iter(rows.values()))]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return MemoryStore(architecture, {layer: torch.cat(list(found)) for layer, found in rows.items()}, offsets)
 
 
 def prepare(backbone: Backbone, examples: Any) -> list[torch.Tensor]:
