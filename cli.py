@@ -121,7 +121,7 @@ def cache_build(
         "path": str(result.folder),
         "examples": sizes,
         "layers": list(result.manifest.layers),
-        "bytes": result.manifest.stored_bytes,
+        "bytes": result.bytes,
         "forward_seconds": result.forward_seconds,
         "write_seconds": result.write_seconds,
         "build_seconds": result.build_seconds,
@@ -129,7 +129,7 @@ def cache_build(
         "relative_errors": read_notes(result.folder).get("relative_errors") or {},
     }
     took = "" if result.build_seconds is None else f" in {result.build_seconds:.1f} s"
-    _print(document, as_json, f"{result.status}{took}: {result.folder} ({result.manifest.stored_bytes:,} bytes)")
+    _print(document, as_json, f"{result.status}{took}: {result.folder} ({result.bytes:,} bytes)")
 
 
 @cache_app.command("ls")
@@ -372,6 +372,64 @@ def compare(
         print("\n".join([*sentences, f"report: {report}"]))
     if any(row["error"] for row in table):
         raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    backbone: Annotated[str, typer.Option(help="hf-config:PRESET, a folder or JSON file, or any backbone.")],
+    methods: Annotated[str, typer.Option(help="Names with commas, a path to a method file, or all.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="METHOD.KEY=VALUE, repeatable.")] = None,
+    task: Annotated[str | None, typer.Option(help="Says how many classes and examples there are.")] = None,
+    limit: Limit = None,
+    num_examples: Annotated[int | None, typer.Option(min=1, help="Examples, where no task says how many.")] = None,
+    num_outputs: Annotated[int | None, typer.Option(min=1, help="Classes. Default: the task's, else 100.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per training step.")] = 32,
+    image_size: ImageSize = None,
+    max_length: MaxLength = None,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16 (mixed).")] = "fp32",
+    semantics: Annotated[str, typer.Option(help="cuda or cpu: whose kernels and optimiser defaults.")] = "cuda",
+    attention: Annotated[str, typer.Option(help="auto, efficient, flash or math.")] = "auto",
+    device_memory: Annotated[str | None, typer.Option(help="24GiB, 24GB or bytes: say what fits.")] = None,
+    layers: Layers = None,
+    dtype: Dtype = "float16",
+    tokens: Tokens = "all",
+    per_channel: PerChannel = False,
+    compression: Compression = None,
+    views: Views = 0,
+    seed: CaptureSeed = 0,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Predict every method's peak memory, what fits, and the cache's size and gain; needs no GPU, weights or data."""
+    from .bench.plan import PlanRequest, plan
+    from .bench.plan_report import print_plan
+    from .cache.build import CaptureOptions
+    from .cache.home import home
+
+    request = PlanRequest(
+        backbone=backbone,
+        methods=tuple(name for name in methods.split(",") if name),
+        settings=_settings(set_ or []),
+        task=task,
+        limit=limit,
+        batch_size=batch_size,
+        image_size=image_size,
+        max_length=max_length,
+        num_outputs=num_outputs,
+        num_examples=num_examples,
+        precision=precision,
+        semantics=semantics,
+        attention=attention,
+        capture=CaptureOptions(_names(layers), dtype, 64, tokens, per_channel, compression, views, seed),
+        device_memory=device_memory,
+    )
+    with _display(quiet) as display:
+        document = plan(request, home=home(), cache_dir=_cache_dir(cache_dir), say=display.say)
+    if as_json:
+        print(json.dumps(document, indent=1))
+    else:
+        print_plan(document)
 
 
 @app.command()

@@ -312,7 +312,7 @@ def _store_facts(built: BuildResult) -> dict[str, Any]:
     return {
         "path": str(built.folder),
         "digest": built.manifest.digest,
-        "bytes": built.manifest.stored_bytes,
+        "bytes": built.bytes,
         "form": asdict(built.manifest.form),
         "layers": list(built.manifest.layers),
         "build_seconds": notes.get("build_seconds"),

@@ -14,7 +14,7 @@ from .errors import SidebenchError, disk_errors
 from .fidelity import examine, stated
 from .fill import Channels, Progress, fill, stored_channels
 from .lock import builder_lock
-from .manifest import Manifest
+from .manifest import Manifest, read_manifest
 from .planning import CaptureOptions, Plan, plan
 from .shares import Chunks, batch_size, batches_for, share_out
 from .writer import StoreWriter
@@ -35,6 +35,13 @@ class BuildResult:
     write_seconds: float | None = None
     build_seconds: float | None = None
     resumed_chunks: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all chunk objects as they lie on disk."""
+        if self.manifest.form.compression is None:
+            return self.manifest.stored_bytes
+        return sum(o.bytes for path, o in read_manifest(self.folder)[1].items() if "/c/" in path)
 
 
 class Workers(Protocol):
