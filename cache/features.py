@@ -6,7 +6,6 @@ first to check and hash its contents, which the digest is over (so neither path 
 """
 
 import hashlib
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,15 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backbone import Architecture
+from .bring_in import Altered, bring_in
 from .build import BuildResult
 from .errors import SidebenchError
 from .examples import Examples
 from .export import Progress
 from .feature_file import FeatureFile
 from .form import Form
-from .lock import builder_lock
-from .manifest import MANIFEST, ActivationSpec, Manifest, canonical_json
-from .restore import Altered, require_space
+from .manifest import ActivationSpec, Manifest, canonical_json
 from .writer import StoreWriter
 
 _BLOCK_BYTES = 8_000_000  # read at a time
@@ -62,25 +60,15 @@ def import_features(
         for _ in _blocks(features, alias, examples, content):
             pass
     manifest = _manifest(features, examples, options, content.sha256(features))
-    folder = cache_dir / manifest.folder_name
-    with builder_lock(folder):
-        if (folder / MANIFEST).exists():
-            return BuildResult("exists", folder, manifest)
-        require_space(manifest, folder)
-        writer = StoreWriter(folder, manifest)
-        try:
-            again = _Content()
-            _store(features, examples, options.prefix_tokens, writer, again, progress)
-            if again.sha256(features) != content.sha256(features):
-                raise Altered(f"{features.path} was changed while it was read; import it again.")
-            writer.commit({**notes, "created": _now(), "imported_from": features.path.name}, examples.ids)
-        except Altered:
-            writer.close()
-            shutil.rmtree(folder)
-            raise
-        finally:
-            writer.close()
-    return BuildResult("imported", folder, manifest, None, writer.write_seconds, time.perf_counter() - begun)
+
+    def copy(writer: StoreWriter) -> None:
+        again = _Content()
+        _store(features, examples, options.prefix_tokens, writer, again, progress)
+        if again.sha256(features) != content.sha256(features):
+            raise Altered(f"{features.path} was changed while it was read; import it again.")
+
+    notes = {**notes, "created": _now(), "imported_from": features.path.name}
+    return bring_in(manifest, cache_dir, copy, notes=notes, ids=examples.ids, begun=begun)
 
 
 class _Content:

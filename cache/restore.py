@@ -1,25 +1,20 @@
 """Back from an exported HDF5 file to the very store it was made from: same facts, same digest, same chunk objects."""
 
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .bring_in import Altered, bring_in
 from .build import BuildResult
 from .errors import SidebenchError
 from .export import DTYPE_ATTRIBUTE, IDS_JSON, MANIFEST_ATTRIBUTE, NOTES_ATTRIBUTE, Progress
 from .hdf5 import check_plain, datasets, reading
 from .layout import ArrayLayout, checksum
-from .lock import builder_lock
-from .manifest import MANIFEST, Manifest, StoredObject, parse_manifest
+from .manifest import Manifest, StoredObject, parse_manifest
 from .writer import StoreWriter
-
-
-class Altered(SidebenchError):
-    """The file holds something else than was exported into it."""
 
 
 def is_export(file: Any, path: Path) -> bool:
@@ -41,43 +36,23 @@ def restore(file: Any, path: Path, cache_dir: Path, *, progress: Progress = lamb
     Every chunk is compared with the manifest before it is stored, so a file that was altered or damaged since is
     refused, naming the array. Raises SidebenchError for it, and when the disk is too small.
     """
+    begun = time.perf_counter()
     manifest, objects = exported_manifest(file, path)
     found = datasets(file, path)
     arrays = manifest.arrays()
     for name, layout in arrays.items():
         _check_array(found, name, layout, path)
     ids = _ids(found, manifest, objects, path)
-    folder = cache_dir / manifest.folder_name
-    begun = time.perf_counter()
-    with builder_lock(folder):
-        if (folder / MANIFEST).exists():
-            return BuildResult("exists", folder, manifest)
-        require_space(manifest, folder)
-        writer = StoreWriter(folder, manifest)
-        try:
-            done = 0
-            for name, layout in arrays.items():
-                _copy(found[name], name, layout, objects, writer, path)
-                done += layout.stored_bytes
-                progress(manifest.examples * done // manifest.stored_bytes, manifest.examples)
-            writer.commit({**_notes(file), "imported_from": path.name}, ids)
-        except Altered:
-            writer.close()
-            shutil.rmtree(folder)  # never committed, and no other file will go on from here
-            raise
-        finally:
-            writer.close()
-    return BuildResult("imported", folder, manifest, None, writer.write_seconds, time.perf_counter() - begun)
 
+    def copy(writer: StoreWriter) -> None:
+        done = 0
+        for name, layout in arrays.items():
+            _copy(found[name], name, layout, objects, writer, path)
+            done += layout.stored_bytes
+            progress(manifest.examples * done // manifest.stored_bytes, manifest.examples)
 
-def require_space(manifest: Manifest, folder: Path) -> None:
-    """Raise SidebenchError when the store cannot fit on the disk."""
-    free = shutil.disk_usage(folder.parent).free
-    if manifest.stored_bytes > free:
-        raise SidebenchError(
-            f"this cache takes {manifest.stored_bytes:,} bytes and {folder.parent} has {free:,} free; "
-            "choose another disk with --cache-dir."
-        )
+    notes = {**_notes(file), "imported_from": path.name}
+    return bring_in(manifest, cache_dir, copy, notes=notes, ids=ids, begun=begun)
 
 
 def _check_array(found: dict[str, Any], name: str, layout: ArrayLayout, path: Path) -> None:
