@@ -24,6 +24,7 @@ from ..cache.backbone import Architecture
 from ..cache.block_weights import BackboneWeights, BlockWeights
 from ..cache.errors import SidebenchError
 from ._base import Batch, Body, CachedMethod, TrainingConfig, WeightsLoader, option
+from ._recompute import in_slices, recomputed
 
 Pair = tuple[Tensor, Tensor | None]
 
@@ -38,6 +39,9 @@ class Config(TrainingConfig):
         "magnitude", "magnitude: the backbone's own weights, pruned by |w| (sec. 2.2; no backward needed); or random"
     )
     temperature: float = option(0.1, "T of the gate sigmoid(alpha / T)")
+    lean: bool = option(
+        True, "true: backward computes the side blocks again, a slice of the batch at a time; false: it keeps them all"
+    )
 
 
 class LST(CachedMethod):
@@ -66,7 +70,7 @@ class LST(CachedMethod):
 
     def build(self, arch: Architecture, widths: Mapping[str, int], weights: WeightsLoader) -> Body:
         """See CachedMethod."""
-        ladder = Ladder(arch, widths, self.config.reduction, self.config.temperature)
+        ladder = Ladder(arch, widths, self.config.reduction, self.config.temperature, lean=self.config.lean)
         if self.config.init == "magnitude":
             copy_pruned(ladder, weights())
         return ladder
@@ -81,11 +85,14 @@ class LST(CachedMethod):
 class Ladder(Body):
     """The side network; tokens (B, T, D) out."""
 
-    def __init__(self, arch: Architecture, widths: Mapping[str, int], reduction: int, temperature: float) -> None:
+    def __init__(
+        self, arch: Architecture, widths: Mapping[str, int], reduction: int, temperature: float, *, lean: bool = True
+    ) -> None:
         super().__init__()
         self.states = arch.states
         self.width = arch.width
         self.temperature = temperature
+        self.lean = lean
         side_width = arch.width // reduction
         self.down = nn.ModuleList(nn.Linear(widths[state], side_width) for state in self.states)
         self.alpha = nn.Parameter(torch.zeros(arch.blocks))  # mu = 0.5 at the start
@@ -99,11 +106,27 @@ class Ladder(Body):
 
     def forward(self, batch: Batch) -> Tensor:
         """See Body."""
-        gates = torch.sigmoid(self.alpha / self.temperature)
-        side = self.down[0](batch.state(self.states[0]))  # (B, T, S)
-        for gate, block, down, state in zip(gates, self.blocks, self.down[1:], self.states[1:], strict=True):
-            side = block(gate * side + (1 - gate) * down(batch.state(state)), batch.mask)
+        return in_slices(self.climb, batch) if self.lean else self.climb(batch)
+
+    def climb(self, batch: Batch) -> Tensor:
+        """From the embeddings to the top. Of a lean climb backward keeps the side state behind every other block."""
+        run: Callable[..., Tensor] = recomputed if self.lean else lambda compute, *args: compute(*args)
+        side = run(self.rung, 0, batch)
+        for first in range(0, len(self.blocks), 2):
+            side = run(self.pass_two, first, side, batch)
         return self.up(self.norm(side))  # (B, T, D)
+
+    def pass_two(self, first: int, side: Tensor, batch: Batch) -> Tensor:
+        """The side state (B, T, S) behind block `first` and the one after it from the state before them."""
+        gates = torch.sigmoid(self.alpha / self.temperature)
+        for index in range(first, min(first + 2, len(self.blocks))):
+            mixed = gates[index] * side + (1 - gates[index]) * self.rung(index + 1, batch)
+            side = self.blocks[index](mixed, batch.mask)
+        return side
+
+    def rung(self, index: int, batch: Batch) -> Tensor:
+        """What a frozen state brings in: W_index b_index (B, T, S)."""
+        return self.down[index](batch.state(self.states[index]))
 
 
 class SideBlock(nn.Module):

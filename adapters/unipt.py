@@ -10,9 +10,11 @@ Cached: the L hidden states (single_anchor: and the final layer). Trained, with 
     L(Dm + m) + (Em + m) + (m + 1) + (mE + E)                    single-anchor form (the paper's CLIP4Clip)
 The gate's bias shifts all confidences alike and cancels in their softmax: it is counted, as in the paper, and its
 gradient is zero.
+
+The lean form (default) has the same numbers and parameters; of all layers only their sum is kept for backward.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from ..cache.backbone import Architecture
 from ..cache.pooling import masked_mean
 from ._base import Batch, Body, CachedMethod, TrainingConfig, WeightsLoader, option
+from ._recompute import summed_in_turn
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,9 @@ class Config(TrainingConfig):
     reduction: int = option(2, "r: the side width is m = D // r (2 in the paper; 1 for its CLIP4Clip form)")
     form: Literal["tokens", "single_anchor"] = option(
         "tokens", "tokens: anchor = last state; single_anchor: anchor = the final layer's summary token (CLIP4Clip)"
+    )
+    lean: bool = option(
+        True, "true: backward computes each layer again, a slice of the batch at a time; false: it keeps them all"
     )
 
 
@@ -58,24 +64,56 @@ class UniPT(CachedMethod):
 
     def build(self, arch: Architecture, widths: Mapping[str, int], weights: WeightsLoader) -> Body:
         """See CachedMethod."""
-        side_width = arch.width // self.config.reduction
+        side_width, lean = arch.width // self.config.reduction, self.config.lean
         if self._single:
             # A causal text tower (CLIP) sums a text up in its end token, others in their first.
-            return SingleAnchor(arch.states, arch.final_layer, widths, side_width, last_real=arch.causal)
-        return TokenAnchor(arch.states, widths, side_width, arch.width)
+            return SingleAnchor(arch.states, arch.final_layer, widths, side_width, last_real=arch.causal, lean=lean)
+        return TokenAnchor(arch.states, widths, side_width, arch.width, lean=lean)
 
     @property
     def _single(self) -> bool:
         return bool(self.config.form == "single_anchor")
 
 
-class TokenAnchor(Body):
+class Parallel(Body):
+    """Both forms: open an anchor, interact with each guide, sum by confidence, close."""
+
+    looks: int  # guides
+    lean: bool
+
+    def forward(self, batch: Batch) -> Tensor:
+        """See Body."""
+        if self.lean:
+            return summed_in_turn(self, batch)
+        opened = self.open(batch)
+        enriched, logits = zip(*(self.look(index, opened, batch) for index in range(self.looks)), strict=True)
+        merged = torch.einsum("bl,lb...->b...", confidences(logits), torch.stack(enriched))
+        return self.close(opened, merged)
+
+    def open(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The anchor, and what else the guides meet."""
+        raise NotImplementedError
+
+    def look(self, index: int, opened: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+        """A guide re-expressed at the anchor's positions (B, [T,] m), and its logit (B, 1)."""
+        raise NotImplementedError
+
+    def close(self, opened: Sequence[Tensor], merged: Tensor) -> Tensor:
+        """The output from the anchor and the sum of the guides."""
+        raise NotImplementedError
+
+
+class TokenAnchor(Parallel):
     """The transformer form: tokens in, tokens (B, T, E) out."""
 
-    def __init__(self, states: tuple[str, ...], widths: Mapping[str, int], side_width: int, width: int) -> None:
+    def __init__(
+        self, states: tuple[str, ...], widths: Mapping[str, int], side_width: int, width: int, *, lean: bool = True
+    ) -> None:
         super().__init__()
         self.states = states
         self.width = width
+        self.looks = len(states) - 1
+        self.lean = lean
         self.down = nn.ModuleList(
             nn.Sequential(nn.Linear(widths[state], side_width), nn.LayerNorm(side_width)) for state in states
         )
@@ -83,51 +121,72 @@ class TokenAnchor(Body):
         self.project = nn.Sequential(nn.Linear(side_width, side_width), nn.LayerNorm(side_width))
         self.up = nn.Linear(side_width, width)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """See Body."""
-        *guides, anchor = (down(batch.state(s)) for down, s in zip(self.down, self.states, strict=True))
-        summary = masked_mean(anchor, batch.mask)  # (B, m)
-        enriched, logits = [], []
-        for guide in guides:
-            scores = anchor @ guide.mT * batch.mask[:, None, :]  # (B, T, T), keys masked by multiplication
-            # The identity is added after the normalisation: (P + I) X = P X + X.
-            enriched.append(relu_l1(scores) @ guide + guide)  # (B, T, m)
-            logits.append(self.gate(summary * masked_mean(guide, batch.mask)))  # (B, 1)
-        merged = torch.einsum("bl,lbtm->btm", confidences(logits), torch.stack(enriched))
-        return self.up(torch.relu(anchor + self.project(merged)))  # (B, T, E)
+    def open(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Anchor tokens (B, T, m) and their mean (B, m)."""
+        anchor = self.down[-1](batch.state(self.states[-1]))
+        return anchor, masked_mean(anchor, batch.mask)
+
+    def look(self, index: int, opened: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+        """See Parallel."""
+        anchor, summary = opened
+        guide = self.down[index](batch.state(self.states[index]))  # (B, T, m)
+        scores = anchor @ guide.mT * batch.mask[:, None, :]  # (B, T, T), keys masked by multiplication
+        # The identity is added after the normalisation: (P + I) X = P X + X.
+        return relu_l1(scores) @ guide + guide, self.gate(summary * masked_mean(guide, batch.mask))
+
+    def close(self, opened: Sequence[Tensor], merged: Tensor) -> Tensor:
+        """Tokens (B, T, E)."""
+        return self.up(torch.relu(opened[0] + self.project(merged)))
 
 
-class SingleAnchor(Body):
+class SingleAnchor(Parallel):
     """The CLIP4Clip form: one anchor token per example, all states are guides, a vector (B, E) out."""
 
     def __init__(
-        self, states: tuple[str, ...], final: str, widths: Mapping[str, int], side_width: int, *, last_real: bool
+        self,
+        states: tuple[str, ...],
+        final: str,
+        widths: Mapping[str, int],
+        side_width: int,
+        *,
+        last_real: bool,
+        lean: bool = True,
     ) -> None:
         super().__init__()
         self.states = states
         self.final = final
         self.width = widths[final]
+        self.looks = len(states)
         self.last_real = last_real
+        self.lean = lean
         self.anchor = nn.Linear(self.width, side_width)
         self.down = nn.ModuleList(nn.Linear(widths[state], side_width) for state in states)
         self.gate = nn.Linear(side_width, 1)
         self.up = nn.Linear(side_width, self.width)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """See Body."""
+    def open(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Anchor (B, m), the embedding (B, E) it is made of, and the position of its token (B)."""
         position = batch.mask.sum(1) - 1 if self.last_real else torch.zeros_like(batch.mask[:, 0], dtype=torch.long)
-        rows = torch.arange(len(position), device=position.device)
-        embedding = batch.state(self.final)[rows, position]  # (B, E)
-        anchor = self.anchor(torch.relu(embedding))  # (B, m)
-        enriched, logits = [], []
-        for down, state in zip(self.down, self.states, strict=True):
-            guide = down(torch.relu(batch.state(state)))  # (B, T, m)
-            scores = torch.einsum("bm,btm->bt", anchor, guide) * batch.mask
-            # No identity here: the guide's own summary token is added instead.
-            enriched.append(torch.einsum("bt,btm->bm", relu_l1_clamped(scores), guide) + guide[rows, position])
-            logits.append(self.gate(anchor * masked_mean(guide, batch.mask)))
-        merged = torch.einsum("bl,lbm->bm", confidences(logits), torch.stack(enriched))
-        return embedding + self.up(torch.relu(merged))
+        embedding = summary_token(batch.state(self.final), position)
+        return self.anchor(torch.relu(embedding)), embedding, position
+
+    def look(self, index: int, opened: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+        """See Parallel."""
+        anchor, _, position = opened
+        guide = self.down[index](torch.relu(batch.state(self.states[index])))  # (B, T, m)
+        scores = torch.einsum("bm,btm->bt", anchor, guide) * batch.mask
+        # No identity here: the guide's own summary token is added instead.
+        value = torch.einsum("bt,btm->bm", relu_l1_clamped(scores), guide) + summary_token(guide, position)
+        return value, self.gate(anchor * masked_mean(guide, batch.mask))
+
+    def close(self, opened: Sequence[Tensor], merged: Tensor) -> Tensor:
+        """A vector (B, E)."""
+        return opened[1] + self.up(torch.relu(merged))
+
+
+def summary_token(tokens: Tensor, position: Tensor) -> Tensor:
+    """The token of each example that sums it up: (B, D) from (B, T, D) and positions (B)."""
+    return tokens[torch.arange(len(position), device=position.device), position]
 
 
 def relu_l1(scores: Tensor) -> Tensor:
@@ -142,6 +201,6 @@ def relu_l1_clamped(scores: Tensor) -> Tensor:
     return positive / positive.sum(-1, keepdim=True).clamp(min=1e-6)
 
 
-def confidences(logits: list[Tensor]) -> Tensor:
+def confidences(logits: Sequence[Tensor]) -> Tensor:
     """Softmax over layers at temperature 1: (B, L) from L times (B, 1)."""
-    return torch.cat(logits, dim=1).softmax(dim=1)
+    return torch.cat(tuple(logits), dim=1).softmax(dim=1)

@@ -5,7 +5,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import forms
 import h5py
+import lean
 import numpy as np
 import stores
 import torch
@@ -28,7 +30,10 @@ def reading_dense(folder: Path) -> None:
         ram = torch.stack(rows[layer])
         with h5py.File(where / "a.h5", "w") as file:
             file["x"] = ram.numpy()
-        h5 = h5py.File(where / "a.h5", "r")["x"]
+            # What a file becomes that grows while features are extracted: h5py chooses the chunks.
+            file.create_dataset("grown", data=ram.numpy(), maxshape=(None, tokens, width))
+        opened = h5py.File(where / "a.h5", "r")
+        h5, grown = opened["x"], opened["grown"]
         array = zarr.open_array(where / "a.zarr/layers" / layer, mode="r")
         buffer = torch.empty((BATCH, tokens, width), dtype=torch.float16)
 
@@ -46,7 +51,11 @@ def reading_dense(folder: Path) -> None:
             rounds=21,
         )
         slow = interleaved(
-            {"ours": lambda turn: store.read(index(turn), [layer]), "zarr": lambda turn: array.oindex[index(turn)]},
+            {
+                "ours": lambda turn: store.read(index(turn), [layer]),
+                "zarr": lambda turn: array.oindex[index(turn)],
+                "h5py": lambda turn: torch.from_numpy(np.stack([grown[int(i)] for i in index(turn)])),
+            },
             rounds=3,
         )
         show(
@@ -55,11 +64,8 @@ def reading_dense(folder: Path) -> None:
                 ("RAM gather into a kept buffer / ours", f"{fast['ram'] / fast['ours']:.2f}", "goal 0.7"),
                 ("RAM gather into a new tensor / ours", f"{fast['ram, new tensor'] / fast['ours']:.2f}", ""),
                 ("zarr-python oindex / ours", f"{slow['zarr'] / slow['ours']:.0f}", "goal 20"),
-                (
-                    "h5py contiguous, sorted, put in order / ours",
-                    f"{fast['h5py'] / fast['ours']:.1f}",
-                    f"goal {h5_goal}",
-                ),
+                ("h5py file that grew, row by row / ours", f"{slow['h5py'] / slow['ours']:.1f}", f"goal {h5_goal}"),
+                ("h5py contiguous, sorted / ours", f"{fast['h5py'] / fast['ours']:.1f}", f"goal {h5_goal}"),
                 ("h5py contiguous, row by row / ours", f"{fast['h5py, row by row'] / fast['ours']:.1f}", ""),
             ],
         )
@@ -167,9 +173,11 @@ def main() -> None:
         torch.set_num_threads(1)  # one thread reads; a gather on all cores is no fair limit beside a training thread
         for benchmark in (reading_dense, reading_ragged, writing, growth, resident):
             benchmark(folder)
+        lean.side_networks()
         torch.set_num_threads(cores)
         training.building(folder)
         training.epoch(folder)
+        forms.forms(folder)
         print(f"\n{time.monotonic() - begun:.0f} s in all")
 
 

@@ -35,10 +35,10 @@ LENGTHS = (2, 4, 3)
 both_norms = pytest.mark.parametrize("arch", [PRE, POST], ids=["pre", "post"])
 
 
-def ladder(arch: Architecture, reduction: int = 2) -> Ladder:
+def ladder(arch: Architecture, reduction: int = 2, *, lean: bool = True) -> Ladder:
     """In float64, every parameter moved, so that every term shows."""
     torch.manual_seed(0)
-    body = Ladder(arch, WIDTHS, reduction, 0.1).double()
+    body = Ladder(arch, WIDTHS, reduction, 0.1, lean=lean).double()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in body.named_parameters():
@@ -105,9 +105,10 @@ def naive(body: Ladder, states: list[Tensor], arch: Architecture) -> Tensor:
     return linear(body.up, layer_norm(body.norm, side))
 
 
+@pytest.mark.parametrize("lean", [True, False], ids=["lean", "plain"])
 @both_norms
-def test_the_ladder_equals_the_formula_at_every_real_token(arch: Architecture) -> None:
-    body = ladder(arch)
+def test_the_ladder_equals_the_formula_at_every_real_token(arch: Architecture, lean: bool) -> None:
+    body = ladder(arch, lean=lean)
     batch = random_states(arch.states, WIDTHS, LENGTHS)
     out = body(batch)
     for row, real in enumerate(LENGTHS):

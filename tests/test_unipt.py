@@ -14,6 +14,7 @@ Rows = list[list[float]]
 STATES = ("embeddings", "blocks.0", "blocks.1", "blocks.2")
 WIDTHS = {"embeddings": 5, "blocks.0": 6, "blocks.1": 4, "blocks.2": 6, "norm": 6}
 LENGTHS = (2, 5, 3)
+lean_and_plain = pytest.mark.parametrize("lean", [True, False], ids=["lean", "plain"])
 
 
 def linear(layer: nn.Linear, x: list[float]) -> list[float]:
@@ -109,9 +110,10 @@ def shaken(body: nn.Module) -> nn.Module:
     return body
 
 
-def test_the_token_form_equals_the_formula() -> None:
+@lean_and_plain
+def test_the_token_form_equals_the_formula(lean: bool) -> None:
     torch.manual_seed(0)
-    body = TokenAnchor(STATES, WIDTHS, 4, 6)
+    body = TokenAnchor(STATES, WIDTHS, 4, 6, lean=lean)
     shaken(body)
     batch = random_states(STATES, WIDTHS, LENGTHS)
     out = body(batch)
@@ -120,10 +122,11 @@ def test_the_token_form_equals_the_formula() -> None:
         torch.testing.assert_close(out[row], torch.tensor(naive, dtype=torch.float64), atol=1e-6, rtol=1e-6)
 
 
+@lean_and_plain
 @pytest.mark.parametrize("last_real", [False, True])
-def test_the_single_anchor_form_equals_the_formula(last_real: bool) -> None:
+def test_the_single_anchor_form_equals_the_formula(last_real: bool, lean: bool) -> None:
     torch.manual_seed(0)
-    body = SingleAnchor(STATES, "norm", WIDTHS, 4, last_real=last_real)
+    body = SingleAnchor(STATES, "norm", WIDTHS, 4, last_real=last_real, lean=lean)
     shaken(body)
     batch = random_states((*STATES, "norm"), WIDTHS, LENGTHS)
     out = body(batch)
