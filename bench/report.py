@@ -156,9 +156,10 @@ def _form(form: Mapping[str, Any]) -> str:
     return ", ".join([*parts, *([f"compressed by {form['compression']}"] if form["compression"] else [])])
 
 
-def _lost(errors: Mapping[str, Any]) -> str:
+def _lost(errors: Any) -> str:
     """Notes of a store are untrusted: what is no number is not shown."""
-    found = {layer: error for layer, error in errors.items() if isinstance(error, int | float)}
+    listed = errors.items() if isinstance(errors, Mapping) else ()
+    found = {layer: error for layer, error in listed if isinstance(error, float)}
     if not found:
         return ""
     shown = ", ".join(f"{_text(layer)} {error:.2g}" for layer, error in found.items())
@@ -170,8 +171,8 @@ def _views(outcome: Outcome) -> str:
     capture = outcome.request.capture
     return (
         f"Trained on {capture.views} fixed augmented views of each example (seed {capture.seed}; a view: "
-        f"{outcome.view}), one drawn per example and epoch, the same for every method; a solver takes all of them. A live "
-        "augmented recipe draws a new view every time, so from the epoch on in which views repeat, this is less "
+        f"{outcome.view}), one drawn per example and epoch, the same for every method; a solver takes all of them. "
+        "A live augmented recipe draws a new view every time, so from the epoch on in which views repeat, this is less "
         "augmentation than such a recipe has. Validation and test are on the plain examples. The backbone's dropout is "
         "off for all methods alike; published recipes of live methods often use it."
     )

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .errors import SidebenchError
 from .form import Form
 from .quantise import Quantised, quantise
 
@@ -51,6 +52,14 @@ def check_finite(stored: Stored) -> bool:
     if isinstance(stored, Quantised):
         return bool(torch.isfinite(stored.scales).all())
     return bool(torch.isfinite(stored).all())
+
+
+def not_finite(layer: str, example: str) -> SidebenchError:
+    """What to say of an example of which a layer yields NaN or infinity."""
+    return SidebenchError(
+        f"layer {layer}, example {example!r}: the backbone yields NaN or infinity. Look at this example and at the "
+        "weights; nothing that is not finite is ever stored. The chunks written so far are kept."
+    )
 
 
 def rows_of(values: NDArray[Any], scales: NDArray[Any] | None, form: Form, channels: Tensor | None) -> Stored:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .encode import encode
+from .encode import encode, not_finite
 from .planning import Plan
 from .quantise import channels_of
 from .views import prepare_items
@@ -29,7 +29,8 @@ class Fidelity:
 def examine(planned: Plan) -> Fidelity:
     """Forward examples spread over the task in one batch of their own: the same sample whoever builds, or resumes.
 
-    Tokens that are not kept and cannot be inferred from what is kept count as lost.
+    Tokens that are not kept and cannot be inferred from what is kept count as lost. Raises SidebenchError for an
+    activation that is not finite.
     """
     manifest, total = planned.manifest, len(planned.examples)
     sample = np.linspace(0, total - 1, min(SAMPLE_EXAMPLES, total)).astype(int).tolist()
@@ -44,6 +45,9 @@ def examine(planned: Plan) -> Fidelity:
         whole = value.to("cpu", torch.float32)
         kept, kept_mask = planned.reduction.keep(whole, mask)
         real = torch.ones(kept.shape[:2], dtype=torch.bool) if kept_mask is None else kept_mask
+        bad = real & ~torch.isfinite(kept).all(-1)
+        if bool(bad.any()):  # it would spoil the channels of all examples
+            raise not_finite(layer, planned.examples.ids[sample[int(bad.any(1).nonzero()[0])]])
         if manifest.form.per_channel:
             channels[layer] = channels_of(kept[real])
         stored = encode(kept, manifest.form, channels.get(layer))

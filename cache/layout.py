@@ -6,6 +6,7 @@ straight from the files while any zarr v3 library opens it too. A compressed arr
 
 import json
 import math
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ _DTYPES: dict[str, tuple[str, str, Any]] = {
     "int64": ("int64", "<i8", 0),
 }
 COMPRESSIONS = ("zstd", "lz4")  # inside blosc, which puts the bytes of equal weight together first
+LARGEST_COMPRESSED = 2**31 - 17  # bytes of a chunk that blosc takes
 _LEVEL = 3
 STORAGE_DTYPES = ("float16", "bfloat16", "float32", "int8", "fp8")
 
@@ -129,10 +131,14 @@ class ArrayLayout:
         return np.asarray(raw).view(self.numpy_dtype).reshape(self.chunk_shape)
 
     def _decompressed(self, payload: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        # The header states how much comes out: it is believed only if it is a chunk, and before anything is allocated.
-        stated = int.from_bytes(payload[4:8].tobytes(), "little") if len(payload) >= 16 else -1
+        # The header states how much comes out and how much goes in: it is believed only if these are a chunk and the
+        # payload, before anything is allocated, and before blosc reads as far as it says.
+        head = payload[4:16].tobytes()
+        stated, _, length = struct.unpack("<III", head) if len(head) == 12 else (-1, 0, -1)
         if stated != self.chunk_bytes:
             raise ValueError(f"its content takes {stated} bytes, a chunk {self.chunk_bytes}")
+        if length != len(payload):
+            raise ValueError(f"it states a length of {length} bytes and has {len(payload)}")
         out = np.empty(self.chunk_bytes, dtype=np.uint8)
         try:
             self._blosc().decode(np.ascontiguousarray(payload), out)
@@ -150,6 +156,8 @@ class ArrayLayout:
     def _blosc(self) -> Any:
         import numcodecs
 
+        # Threads write their blocks as they finish: the same chunk would be other bytes each time.
+        numcodecs.blosc.use_threads = False
         shuffle = numcodecs.Blosc.SHUFFLE if self.numpy_dtype.itemsize > 1 else numcodecs.Blosc.BITSHUFFLE
         return numcodecs.Blosc(cname=self.compression, clevel=_LEVEL, shuffle=shuffle)
 

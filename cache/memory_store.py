@@ -1,4 +1,4 @@
-"""A store held whole in the memory of the host or of a device, and the choice between that and the disk."""
+"""A store held whole in the memory of a device, and the choice between that, the host's memory and the disk."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -115,7 +115,11 @@ def place(store: ZarrStore, layers: Sequence[str], tier: Tier, device: torch.dev
             f"{option}: the layers take {needed:,} bytes and {free:,} are free on {where}. Leave it out, or keep fewer "
             "layers or tokens (--layers, --tokens), or int8 (--dtype)."
         )
-    return Placed(MemoryStore.of(store, layers, where), tier, needed, f"{needed / 2**20:,.0f} MiB held on {where}")
+    said = f"{needed / 2**20:,.0f} MiB held in {'RAM' if tier == 'ram' else f'the memory of {device}'}"
+    if tier == "device":
+        return Placed(MemoryStore.of(store, layers, device), tier, needed, said)
+    store.hold(layers)  # its own reader gathers into recycled buffers
+    return Placed(store, tier, needed, said)
 
 
 def _chosen(store: ZarrStore, needed: int, device: torch.device) -> Tier:

@@ -13,6 +13,7 @@ from .backbone import Backbone
 from .errors import SidebenchError
 from .examples import Examples
 from .form import Form, make_form
+from .layout import LARGEST_COMPRESSED
 from .load import weights_sha256
 from .manifest import ActivationSpec, Manifest
 from .reduction import Reduction, reduction_of
@@ -112,7 +113,17 @@ def plan(backbone: Backbone, examples: Examples, options: CaptureOptions, *, lim
         specs=specs,
         rows=int(lengths.sum()) if lengths is not None else len(examples) * (1 + form.views),
     )
+    _check_compressible(manifest)
     return Plan(backbone, examples, manifest, reduction, lengths, prepared)
+
+
+def _check_compressible(manifest: Manifest) -> None:
+    for path, layout in manifest.arrays().items():
+        if layout.compression and layout.chunk_bytes > LARGEST_COMPRESSED:
+            raise SidebenchError(
+                f"--compression takes chunks of 2 GiB, and {layout.chunk_rows} rows of {path} are "
+                f"{layout.chunk_bytes:,} bytes; leave it out, or keep fewer tokens (--tokens)."
+            )
 
 
 def _check_text_layers(shapes: Mapping[str, torch.Size]) -> None:

@@ -16,6 +16,7 @@ QUANTISED: dict[str, tuple[torch.dtype, float]] = {
     "int8": (torch.int8, 127.0),
     "fp8": (torch.float8_e4m3fn, 448.0),
 }
+LEAST_SPREAD = 0.01  # of a channel, as a share of their mean
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ class Quantised:
 
     def float(self) -> Tensor:
         """The activations in float32."""
-        wide = self.values.float() * self.scales[..., None]
+        wide = self.values.float().mul_(self.scales[..., None])  # in place: this tensor is nobody else's
         if self.channels is None:
             return wide
         centre, spread = self.channels.unbind(1)
-        return (wide * spread + centre) * (self.scales > 0)[..., None]
+        return wide.mul_(spread).add_(centre).mul_((self.scales > 0)[..., None])
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Quantised":
         """The same on another device."""
@@ -65,21 +66,30 @@ class Quantised:
 def quantise(value: Tensor, dtype: str, channels: Tensor | None = None) -> Quantised:
     """Quantise (…, D) per token. What is not finite makes the scale infinite or NaN: look there."""
     kind, limit = QUANTISED[dtype]
-    wide = value.float()
+    # Contiguous, as it comes back from disk: a sum over tokens in another order may round otherwise.
+    wide = value.float().contiguous()
     if channels is not None:
         centre, spread = channels.unbind(1)
         wide = (wide - centre) / spread
     largest = wide.abs().amax(-1)
-    scales = torch.where(largest == 0, torch.ones_like(largest), largest / limit)
-    # A magnitude so small that largest / limit is 0 in float32 would otherwise divide by zero.
-    scales = torch.where(scales == 0, torch.full_like(scales, torch.finfo(torch.float32).tiny), scales)
+    # Below the smallest normal number a scale has few digits left, or none.
+    scales = (largest / limit).clamp_min(torch.finfo(torch.float32).tiny)
+    scales = torch.where(largest == 0, torch.ones_like(largest), scales)
     small = (wide / scales[..., None]).clamp_(-limit, limit)
     values = small.round_().nan_to_num_(0.0).to(kind) if kind is torch.int8 else small.to(kind)
     return Quantised(values, scales, channels)
 
 
 def channels_of(value: Tensor) -> Tensor:
-    """Centre and spread (D, 2) of every channel over the tokens (n, D); the spread of a constant channel is 1."""
+    """Centre and spread (D, 2) of every channel over the tokens (n, D); where all are constant the spread is 1.
+
+    No spread is below a hundredth of their mean: a channel that hardly varies here and does elsewhere would set the
+    scale of whole tokens.
+    """
     wide = value.double()
     spread = wide.std(0, unbiased=False)
-    return torch.stack([wide.mean(0), torch.where(spread > 0, spread, torch.ones_like(spread))], 1).float()
+    spread = spread.clamp_min(LEAST_SPREAD * float(spread.mean()))
+    # In float32, which is what is kept: what vanishes there would divide by zero.
+    kept = torch.stack([wide.mean(0), spread], 1).float()
+    kept[:, 1] = torch.where(kept[:, 1] > 0, kept[:, 1], torch.ones_like(kept[:, 1]))
+    return kept

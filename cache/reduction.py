@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -105,6 +106,7 @@ class Summary(Reduction):
         if self.cls:
             kept.append(value[torch.arange(len(value), device=value.device), self._position(real)])
         if self.mean:
+            value = value if mask is None else value.masked_fill(~mask[..., None], 0)  # NaN in padding times 0 is NaN
             kept.append(masked_mean(value, pooling_mask(real, self.arch.prefix_tokens)))
         return torch.stack(kept, 1), None  # (B, 1 or 2, D)
 
@@ -189,10 +191,15 @@ class Projection(Reduction):
 
     def basis(self, width: int) -> Tensor:
         """(D, M) orthonormal columns: the same for every layer of a width."""
-        drawn = np.random.Generator(np.random.PCG64([self.seed, width])).standard_normal((width, self.width))
-        columns, triangle = np.linalg.qr(drawn)
-        # The signs of a QR factorisation are the library's choice; these are not.
-        return torch.from_numpy(columns * np.sign(np.diag(triangle))).float()
+        return _basis(self.seed, width, self.width)
+
+
+@lru_cache(maxsize=8)
+def _basis(seed: int, width: int, kept: int) -> Tensor:
+    drawn = np.random.Generator(np.random.PCG64([seed, width])).standard_normal((width, kept))
+    columns, triangle = np.linalg.qr(drawn)
+    # The signs of a QR factorisation are the library's choice; these are not.
+    return torch.from_numpy(columns * np.sign(np.diag(triangle))).float()
 
 
 def reduction_of(tokens: str, arch: Architecture, seed: int | None) -> Reduction:

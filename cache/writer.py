@@ -109,7 +109,7 @@ class StoreWriter:
         with disk_errors(self.folder):
             for leftover in self.folder.rglob(f"*{_TEMPORARY}"):
                 leftover.unlink()
-            replace_file(self.folder / NOTES, (json.dumps(notes, indent=1, sort_keys=True) + "\n").encode())
+            replace_file(self.folder / NOTES, (json.dumps(notes, indent=1) + "\n").encode())
             flush_folders(self.folder)
             replace_file(self.folder / MANIFEST, write_manifest(self.manifest, self._objects).encode())
             flush(self.folder)

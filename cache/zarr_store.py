@@ -1,7 +1,7 @@
 """Reads a committed store straight from its chunk files: memory maps, no codec pipeline, each chunk checked once."""
 
 import json
-import math
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -47,7 +47,9 @@ class ZarrStore(Store):
         self._maps: OrderedDict[tuple[str, int], NDArray[Any]] = OrderedDict()
         self._buffers = Buffers()
         self._channels: dict[str, Tensor] = {}
+        self._held: dict[tuple[str, int], NDArray[Any]] = {}
         self._decoded_bytes = 0
+        self._lock = threading.Lock()
         self._checked: set[tuple[str, int]] = set()
         self._offsets = self._whole("offsets").numpy() if self.manifest.ragged else None
         self._check_offsets()
@@ -113,9 +115,20 @@ class ZarrStore(Store):
     def bytes_of(self, layers: Sequence[str]) -> int:
         """Bytes of these layers in memory."""
         require_layers(self.layers, layers)
-        groups = ("layers", "scales", "channels")
-        sizes = {path: math.prod(a.shape) * a.numpy_dtype.itemsize for path, a in self._layouts.items()}
-        return sum(sizes.get(f"{group}/{layer}", 0) for group in groups for layer in layers)
+        return sum(self._layouts[path].chunks * self._layouts[path].chunk_bytes for path in self._paths_of(layers))
+
+    def _paths_of(self, layers: Sequence[str]) -> list[str]:
+        named = (f"{group}/{layer}" for group in ("layers", "scales", "channels") for layer in layers)
+        return [path for path in named if path in self._layouts]
+
+    def hold(self, layers: Sequence[str]) -> None:
+        """Load these layers into RAM, decompressed; reading them touches no file from here on."""
+        require_layers(self.layers, layers)
+        for path in self._paths_of(layers):
+            for chunk in range(self._layouts[path].chunks):
+                self._held[path, chunk] = np.array(self._chunk(path, chunk))
+                with self._lock:
+                    self._forget((path, chunk))
 
     def channels(self, layer: str) -> Tensor | None:
         """(D, 2) centre and spread of a layer's channels; None where they were not normalised."""
@@ -138,6 +151,8 @@ class ZarrStore(Store):
     def _chunk(self, path: str, chunk: int) -> NDArray[Any]:
         """One chunk as an array backed by a memory map; its checksum is verified at first touch in this process."""
         key = (path, chunk)
+        if (held := self._held.get(key)) is not None:
+            return held
         if (known := self._maps.get(key)) is not None:
             with suppress(KeyError):  # another thread has just closed it; ours stays open
                 self._maps.move_to_end(key)
@@ -160,13 +175,25 @@ class ZarrStore(Store):
             found = layout.decode(payload)
         except ValueError as error:
             raise self._damaged(name, str(error)) from None
-        self._maps[key] = found
-        if layout.compression is not None:
-            self._decoded_bytes += found.nbytes
-        while len(self._maps) > _OPEN_MAPS or self._decoded_bytes > max(_DECODED_BYTES, found.nbytes):
-            (path, _), dropped = self._maps.popitem(last=False)
-            self._decoded_bytes -= dropped.nbytes if self._layouts[path].compression else 0
+        self._keep(key, found)
         return found
+
+    def _keep(self, key: tuple[str, int], found: NDArray[Any]) -> None:
+        """Remember a chunk and let go of the oldest beyond the limits."""
+        with self._lock:  # two threads may have decompressed the same chunk, whose bytes count once
+            self._forget(key)
+            self._maps[key] = found
+            self._decoded_bytes += self._decoded(key, found)
+            while len(self._maps) > _OPEN_MAPS or self._decoded_bytes > max(_DECODED_BYTES, found.nbytes):
+                self._forget(next(iter(self._maps)))
+
+    def _forget(self, key: tuple[str, int]) -> None:
+        if (dropped := self._maps.pop(key, None)) is not None:
+            self._decoded_bytes -= self._decoded(key, dropped)
+
+    def _decoded(self, key: tuple[str, int], chunk: NDArray[Any]) -> int:
+        """Memory that a chunk takes beyond the page cache."""
+        return chunk.nbytes if self._layouts[key[0]].compression else 0
 
     def _whole(self, path: str) -> Tensor:
         layout = self._layouts[path]

@@ -40,11 +40,21 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "CHUNK_BYTES", 1)
 
 
+FORMS: dict[str, dict[str, Any]] = {
+    "text": {},
+    "image": {},
+    "text int8 channels views": {"dtype": "int8", "per_channel": True, "views": 1},
+    "image fp8 zstd cls+mean": {"dtype": "fp8", "compression": "zstd", "tokens": "cls+mean"},
+}
+in_every_form = pytest.mark.parametrize("planned", FORMS, indirect=True)
+
+
 @pytest.fixture(params=["text", "image"])
 def planned(request: pytest.FixtureRequest, tiny_bert: Backbone, tiny_vit: Backbone) -> Plan:
-    if request.param == "text":
-        return plan(tiny_bert, toys.make_texts(200), CaptureOptions(batch_size=BATCH))
-    return plan(tiny_vit, toys.make_images(150), CaptureOptions(batch_size=BATCH))
+    options = CaptureOptions(batch_size=BATCH, **FORMS[request.param])
+    if request.param.startswith("text"):
+        return plan(tiny_bert, toys.make_texts(100 if options.views else 200), options)
+    return plan(tiny_vit, toys.make_images(150), options)
 
 
 def _run(planned: Plan, cache_dir: Path, **options: Any) -> BuildResult:
@@ -108,6 +118,7 @@ def test_a_store_of_fewer_layers_does_not_serve_a_call_for_more(tiny_bert: Backb
     assert whole.folder != few.folder
 
 
+@in_every_form
 def test_two_builds_of_the_same_facts_are_byte_identical(planned: Plan, tmp_path: Path) -> None:
     one, two = _run(planned, tmp_path / "one"), _run(planned, tmp_path / "two")
     assert _bytes(one.folder) == _bytes(two.folder)
@@ -209,12 +220,14 @@ def _kill_at_random_moments(planned: Plan, tmp_path: Path, kills: int, seed: int
     assert ZarrStore(result.folder).verify() == []
 
 
+@in_every_form
 def test_a_build_killed_at_random_moments_resumes_and_ends_byte_identical(planned: Plan, tmp_path: Path) -> None:
     _kill_at_random_moments(planned, tmp_path, kills=4, seed=int(time.time()))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(3))
+@in_every_form
 def test_a_build_killed_fifty_times_resumes_and_ends_byte_identical(planned: Plan, tmp_path: Path, seed: int) -> None:
     _kill_at_random_moments(planned, tmp_path, kills=50, seed=seed)
 
@@ -251,20 +264,23 @@ def _kill_at_files(planned: Plan, tmp_path: Path, calls: Iterator[int] | range) 
             assert _bytes(result.folder) == whole
 
 
+@in_every_form
 def test_a_build_killed_around_a_rename_resumes_and_ends_byte_identical(planned: Plan, tmp_path: Path) -> None:
     files = len(_bytes(_run(planned, tmp_path / "count").folder)) + 1
     _kill_at_files(planned, tmp_path, iter([0, 5, files // 2, files - 2, files - 1]))
 
 
 @pytest.mark.long
+@in_every_form
 def test_a_build_killed_around_every_rename_resumes_and_ends_byte_identical(planned: Plan, tmp_path: Path) -> None:
     files = len(_bytes(_run(planned, tmp_path / "count").folder)) + 1
     _kill_at_files(planned, tmp_path, range(files))
 
 
+@in_every_form
 def test_ctrl_c_keeps_whole_chunks_and_the_next_call_resumes(planned: Plan, tmp_path: Path) -> None:
     whole = _bytes(_run(planned, tmp_path / "whole").folder)
-    _interrupted(planned, tmp_path / "cut", after=len(planned.examples) // 2)
+    _interrupted(planned, tmp_path / "cut", after=planned.manifest.items // 2)
     assert not [t.name for t in threading.enumerate() if t.name.startswith("sidebench")]
     result = _run(planned, tmp_path / "cut")
     assert result.status == "resumed"
@@ -314,9 +330,10 @@ def test_rows_that_lie_otherwise_in_memory_are_pooled_to_the_same_bits(tmp_path:
     assert _bytes(_run(planned, tmp_path).folder) == whole
 
 
+@in_every_form
 def test_damaged_and_foreign_leftovers_of_a_dead_build_are_written_again(planned: Plan, tmp_path: Path) -> None:
     whole = _bytes(_run(planned, tmp_path / "whole").folder)
-    _interrupted(planned, tmp_path / "cut", after=len(planned.examples) - BATCH)
+    _interrupted(planned, tmp_path / "cut", after=planned.manifest.items - BATCH)
     folder = tmp_path / "cut" / planned.manifest.folder_name
     one, two, *_ = sorted(p for p in (folder / "layers" / "blocks.0" / "c").rglob("*") if p.is_file())
     one.write_bytes(one.read_bytes()[:-1])
@@ -486,6 +503,50 @@ def test_nan_in_padding_alone_is_nobody_s_business(tiny_bert: Backbone, tmp_path
     spoiled = ZarrStore(toys.build_store(backbone, texts, tmp_path / "spoiled").folder)
     plain = ZarrStore(toys.build_store(tiny_bert, texts, tmp_path / "plain").folder)
     assert torch.equal(spoiled.pooled("blocks.1"), plain.pooled("blocks.1"))
+
+
+@pytest.mark.parametrize("spoiled", [3, 1], ids=["in the sample", "outside the sample"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"dtype": "int8"},
+        {"dtype": "fp8", "per_channel": True},
+        {"dtype": "int8", "per_channel": True, "tokens": "proj:8"},
+        {"dtype": "fp8", "tokens": "mean"},
+        {"dtype": "bfloat16", "tokens": "first:2"},
+        {"dtype": "float16", "tokens": "proj:8", "compression": "zstd"},
+    ],
+    ids=lambda form: " ".join(map(str, form.values())),
+)
+def test_nan_names_the_layer_and_the_example_in_every_form(
+    tiny_bert: Backbone, tmp_path: Path, form: dict[str, Any], spoiled: int
+) -> None:
+    """Of 100 examples the sample that errors and channels are taken from holds the fourth and not the second."""
+    raw = [text.replace("joy", "fine") for text in toys.make_texts(100).raw]
+    raw[spoiled] = "joy " + raw[spoiled]
+    texts = dataclasses.replace(toys.make_texts(100), raw=tuple(raw))
+    said = rf"layer embeddings, example 'example-{spoiled}': the backbone yields NaN"
+    with pytest.raises(SidebenchError, match=said):
+        toys.build_store(_spoiled(tiny_bert, float("nan")), texts, tmp_path, **form)
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_nan_in_a_token_that_is_not_kept_is_nobody_s_business(tiny_bert: Backbone, tmp_path: Path) -> None:
+    raw = tuple(f"a {text}" if "joy" in text else text for text in toys.make_texts(40).raw)  # never the first word
+    texts = dataclasses.replace(toys.make_texts(40), raw=raw)
+    broken = _spoiled(tiny_bert, float("nan"))
+    assert toys.build_store(broken, texts, tmp_path, tokens="first:2", layers=("embeddings",)).status == "built"
+
+
+def test_a_projection_that_overflows_float16_names_the_remedy(tiny_bert: Backbone, tmp_path: Path) -> None:
+    """Every activation fits; what is kept of them does not."""
+    texts = toys.make_texts(40)
+    first = next(i for i, text in enumerate(texts.raw) if "joy" in text.split())
+    said = rf"layer embeddings, example 'example-{first}': .* does not fit into float16.*--dtype bfloat16 or float32"
+    with pytest.raises(SidebenchError, match=said):
+        toys.build_store(
+            _spoiled(tiny_bert, 60_000.0), texts, tmp_path, dtype="float16", tokens="proj:8", layers=("embeddings",)
+        )
 
 
 def test_an_overflow_of_float16_names_the_remedy(tiny_bert: Backbone, tmp_path: Path) -> None:

@@ -150,6 +150,26 @@ def test_training_asks_for_training_and_validation_examples_only() -> None:
     assert epochs[0][:3] != epochs[1][:3]  # in another order each time
 
 
+def test_training_reads_augmented_views_and_validation_the_plain_examples() -> None:
+    source, count = Recorded(_vectors().repeat(4, 1), views=3), len(_vectors())
+    _train(_learner(Plain()), source, _settings(epochs=2))
+    epochs = [source.asked[:4], source.asked[4:]]
+    for asked in epochs:
+        items = list(chain(*asked[:3]))
+        assert sorted(i % count for i in items) == TRAIN.tolist()
+        assert all(count <= i < 4 * count for i in items)
+        assert asked[3] == VAL.tolist()
+    views = [{i % count: i // count for i in chain(*asked[:3])} for asked in epochs]
+    assert views[0] != views[1]  # drawn anew in each epoch
+
+
+def test_a_view_is_trained_towards_the_target_of_its_example() -> None:
+    """Views lie far out, each class on its own side, so only right targets can be learned."""
+    far = 50 * (2.0 * _targets()[:, None] - 1)
+    source = Recorded(torch.cat([_vectors(), *(_vectors() + far for _ in range(3))]), views=3)
+    assert _train(_learner(Plain()), source, _settings(epochs=8)).losses[-1] < 0.1
+
+
 def test_every_method_sees_the_same_examples_in_the_same_order() -> None:
     sources = [Recorded(_vectors()), Recorded(_vectors())]
     for source, body in zip(sources, (Plain(), Deep()), strict=True):

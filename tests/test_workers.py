@@ -25,7 +25,8 @@ from sidebench.cache import layout
 from sidebench.cache.backbone import Backbone
 from sidebench.cache.build import BuildResult, CaptureOptions, Plan, build, plan
 from sidebench.cache.errors import SidebenchError
-from sidebench.cache.fill import compute
+from sidebench.cache.fidelity import examine
+from sidebench.cache.fill import compute, stored_channels
 from sidebench.cache.lock import builder_lock
 from sidebench.cache.shares import Chunks, batches_for, share_out
 from sidebench.cache.writer import StoreWriter
@@ -77,16 +78,21 @@ def _bytes(folder: Path) -> dict[str, bytes]:
 # Shares
 
 
-@pytest.fixture(params=["text", "image"])
+QUANTISED: dict[str, Any] = {"dtype": "int8", "per_channel": True}
+
+
+@pytest.fixture(params=["text", "image", "text int8 channels views"])
 def planned(request: pytest.FixtureRequest, tiny_bert: Backbone, tiny_vit: Backbone) -> Plan:
     if request.param == "text":
         return plan(tiny_bert, toys.make_texts(200), CaptureOptions(batch_size=BATCH))
+    if request.param != "image":
+        return plan(tiny_bert, toys.make_texts(100), CaptureOptions(batch_size=BATCH, **QUANTISED, views=1))
     return plan(tiny_vit, toys.make_images(300), CaptureOptions(batch_size=BATCH))
 
 
 def _all_chunks(planned: Plan) -> dict[str, list[int]]:
     arrays = planned.manifest.arrays()
-    return {path: list(range(a.chunks)) for path, a in arrays.items() if path.startswith("layers/")}
+    return {path: list(range(a.chunks)) for path, a in arrays.items() if path.startswith(("layers/", "scales/"))}
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 1000])
@@ -98,14 +104,14 @@ def test_every_chunk_has_one_owner_and_a_border_batch_is_all_that_two_compute(pl
     assert 1 <= len(shares) <= workers
     assert all(share for share in shares)
     batches = [batches_for(planned.manifest, share, planned.offsets) for share in shares]
-    assert sorted({start for part in batches for start in part}) == list(range(0, len(planned.examples), BATCH))
+    assert sorted({start for part in batches for start in part}) == list(range(0, planned.manifest.items, BATCH))
     if workers < 10:
-        assert sum(map(len, batches)) <= len(range(0, len(planned.examples), BATCH)) + len(shares) - 1
+        assert sum(map(len, batches)) <= len(range(0, planned.manifest.items, BATCH)) + len(shares) - 1
 
 
 def test_the_shares_are_about_equal(planned: Plan) -> None:
     sizes = [sum(map(len, s.values())) for s in share_out(planned.manifest, _all_chunks(planned), planned.offsets, 2)]
-    assert max(sizes) - min(sizes) <= len(planned.manifest.layers)
+    assert max(sizes) - min(sizes) <= len(_all_chunks(planned))  # one more of every array
 
 
 @dataclass
@@ -121,7 +127,7 @@ class Here:
         for number, share in reversed(list(enumerate(shares))):
             if number != self.skip:
                 writer = StoreWriter(self.folder, self.planned.manifest, only=share)
-                compute(self.planned, writer, {}, lambda *_: None)
+                compute(self.planned, writer, stored_channels(self.planned.manifest, writer), lambda *_: None)
                 writer.finish()
         computed(10**9)
         return 1.0, 1.0
@@ -139,8 +145,9 @@ def test_shares_written_apart_make_the_bytes_of_one_build(planned: Plan, tmp_pat
     here = Here(planned, folder, count)
     result = _build(planned, tmp_path / "many", workers=here, progress=lambda *now: seen.append(now))
     assert (result.status, result.resumed_chunks) == ("built", 0)
+    assert result.forward_seconds == 1.0, "the workers' own: no forward was left to this process"
     assert _bytes(folder) == whole
-    assert (seen[0], seen[-1]) == ((0, len(planned.examples)), (len(planned.examples),) * 2)
+    assert (seen[0], seen[-1]) == ((0, planned.manifest.items), (planned.manifest.items,) * 2)
 
 
 def test_a_share_that_was_never_written_is_written_by_the_parent(planned: Plan, tmp_path: Path) -> None:
@@ -152,7 +159,7 @@ def test_a_share_that_was_never_written_is_written_by_the_parent(planned: Plan, 
 def test_a_worker_writes_its_share_and_nothing_else(planned: Plan, tmp_path: Path) -> None:
     share = share_out(planned.manifest, _all_chunks(planned), planned.offsets, 3)[1]
     writer = StoreWriter(tmp_path / "x.zarr", planned.manifest, only=share)
-    compute(planned, writer, {}, lambda *_: None)
+    compute(planned, writer, examine(planned).channels, lambda *_: None)
     writer.finish()
     arrays = planned.manifest.arrays()
     wanted = {f"{path}/{arrays[path].chunk_key(chunk)}" for path, owned in share.items() for chunk in owned}
@@ -162,9 +169,9 @@ def test_a_worker_writes_its_share_and_nothing_else(planned: Plan, tmp_path: Pat
 # Real processes
 
 
-def _prepared(backbone: str, task: str, cache_dir: Path) -> tuple[Prepared, Plan]:
+def _prepared(backbone: str, task: str, cache_dir: Path, **form: Any) -> tuple[Prepared, Plan]:
     prepared = prepare(Inputs(backbone, task, device="cpu"), home=cache_dir, cache_dir=cache_dir, say=lambda _: None)
-    return prepared, plan_store(prepared, CaptureOptions(batch_size=BATCH))
+    return prepared, plan_store(prepared, CaptureOptions(batch_size=BATCH, **form))
 
 
 def _with_workers(prepared: Prepared, planned: Plan, count: int = 2) -> BuildResult:
@@ -187,17 +194,18 @@ def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float, Pa
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     task = _pictures(tmp_path / "pictures")
 
-    def made(seconds: float, cache_dir: Path) -> tuple[Prepared, Plan]:
+    def made(seconds: float, cache_dir: Path, **form: Any) -> tuple[Prepared, Plan]:
         (tmp_path / "slowly.py").write_text(SLOW.replace("SECONDS", str(seconds)))
         sys.modules.pop("slowly", None)
-        return _prepared("module:slowly:make", task, cache_dir)
+        return _prepared("module:slowly:make", task, cache_dir, **form)
 
     return made
 
 
-def test_two_processes_make_the_bytes_of_one(slow: Any, tmp_path: Path) -> None:
-    one = _with_workers(*slow(0, tmp_path / "one"), count=1)
-    two = _with_workers(*slow(0, tmp_path / "two"))
+@pytest.mark.parametrize("form", [{}, {**QUANTISED, "views": 1, "compression": "zstd"}], ids=["plain", "int8 views"])
+def test_two_processes_make_the_bytes_of_one(slow: Any, tmp_path: Path, form: dict[str, Any]) -> None:
+    one = _with_workers(*slow(0, tmp_path / "one", **form), count=1)
+    two = _with_workers(*slow(0, tmp_path / "two", **form))
     assert (two.status, two.resumed_chunks) == ("built", 0)
     assert two.forward_seconds is not None
     assert _bytes(two.folder) == _bytes(one.folder)
@@ -205,16 +213,17 @@ def test_two_processes_make_the_bytes_of_one(slow: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("modality", ["text", "image"])
+@pytest.mark.parametrize("modality", ["text", "image", "text int8 channels views"])
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_make_the_bytes_of_one_with_real_loaders(
     modality: str, count: int, models: Path, tmp_path: Path
 ) -> None:
-    text = modality == "text"
+    text = modality.startswith("text")
+    form = {} if modality in ("text", "image") else {**QUANTISED, "views": 1}
     task = write_texts(tmp_path / "texts.jsonl", 300) if text else _pictures(tmp_path / "pictures", 150)
     backbone = f"hf:{models / ('bert' if text else 'vit')}"
-    one = _with_workers(*_prepared(backbone, task, tmp_path / "one"), count=1)
-    more = _with_workers(*_prepared(backbone, task, tmp_path / "more"), count=count)
+    one = _with_workers(*_prepared(backbone, task, tmp_path / "one", **form), count=1)
+    more = _with_workers(*_prepared(backbone, task, tmp_path / "more", **form), count=count)
     assert more.status == "built"
     assert _bytes(more.folder) == _bytes(one.folder)
 
