@@ -16,16 +16,18 @@ from torch import nn
 from .backbone import Backbone, Norm
 from .errors import SidebenchError, unknown
 from .preprocess import ImagePreprocess, PlainImageProcessor, TextPreprocess, resized
-from .uri import parse_uri
+from .uri import Uri, parse_uri
 
 SCHEMES = {
     "sample": "pretrained weights inside a registry package, pinned by sha256: sample:minilm-l6, sample:dinov2-small",
     "hf": "a transformers folder or hub id: hf:./my-bert, hf:google/vit-base-patch16-224 (?tower=vision|text)",
     "imported": "features without a network, from `bench cache import`, for compare: imported:NAME",
     "module": "any torch module from a factory on the path: module:package.file:factory",
+    "hf-config": "an architecture without weights, for plan: hf-config:vit-base, hf-config:./folder-or-file.json",
 }
 IMPORTED = "imported:"
-_OPTIONS = {"hf": ("tower",)}
+CONFIG_ONLY = "hf-config:"
+_OPTIONS = {"hf": ("tower",), "hf-config": ("tower",)}
 MAX_LENGTH = 128  # tokens: enough for sentences, and stated in the digest
 
 # Which families normalise after the residual sum; all others here normalise before it.
@@ -47,7 +49,12 @@ def load_backbone(
 
     Raises SidebenchError for an unknown scheme, a missing folder, or a checkpoint that lacks weights.
     """
-    parsed = parse_uri(uri, known={name: _OPTIONS.get(name, ()) for name in SCHEMES}, kind="backbone")
+    parsed = backbone_uri(uri)
+    if parsed.scheme == "hf-config":
+        raise SidebenchError(
+            f"{uri} names an architecture; it has no weights to run. `bench plan` works with it; here give hf:, "
+            "sample: or module:."
+        )
     if parsed.scheme == "imported":
         raise SidebenchError(f"{uri} names features; there is no network behind them to load.")
     if parsed.scheme == "module":
@@ -61,6 +68,11 @@ def load_backbone(
         backbone = _from_transformers(folder, parsed.options.get("tower"), image_size, max_length)
     backbone.module.to(device)
     return backbone
+
+
+def backbone_uri(uri: str) -> Uri:
+    """The parts of a backbone's name. Raises SidebenchError for an unknown scheme or option."""
+    return parse_uri(uri, known={name: _OPTIONS.get(name, ()) for name in SCHEMES}, kind="backbone")
 
 
 def weights_sha256(module: nn.Module, skip: Iterable[str] = ()) -> str:
@@ -90,7 +102,7 @@ def _from_transformers(folder: str, tower: str | None, image_size: int | None, m
         raise SidebenchError(f"no transformers model at {folder}: looked for {source}/config.json.")
     with _reading(folder, looks_local):
         config = AutoConfig.from_pretrained(source)
-    config, loader = _tower(config, tower, folder)
+    config, loader = one_tower(config, tower, f"hf:{folder}")
     with _reading(folder, looks_local):
         module, report = loader.from_pretrained(
             source, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
@@ -102,24 +114,13 @@ def _from_transformers(folder: str, tower: str | None, image_size: int | None, m
             f"the checkpoint of hf:{folder} lacks {len(needed)} weights of {type(module).__name__}, the first is "
             f"{needed[0]}; they would be random. Is this the right folder?"
         )
-    family: dict[str, Any] = {
-        "norm": _norm_of(config),
-        "causal": config.model_type in _CAUSAL,
-        "heads": getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None),
-        "activation": getattr(config, "hidden_act", None),
-        "config_facts": _config_facts(config),
-        "unloaded": missing,
-    }
+    family = {**family_facts(config), "unloaded": missing}
     patch = getattr(config, "patch_size", None)
     if patch is None:
         with _reading(folder, looks_local):
             tokenizer = AutoTokenizer.from_pretrained(source)
         _check_vocabulary(folder, tokenizer, getattr(config, "vocab_size", None))
-        positions = getattr(config, "max_position_embeddings", None) or 512
-        length = min(MAX_LENGTH, positions) if max_length is None else max_length
-        if length > positions:
-            raise SidebenchError(f"--max-length {length} is beyond this backbone's {positions} positions.")
-        return Backbone(module, TextPreprocess(tokenizer, length), **family)
+        return Backbone(module, TextPreprocess(tokenizer, text_length(config, max_length)), **family)
     with _reading(folder, looks_local):  # not torchvision: the pixels, and so the store, would depend on its presence
         processor = AutoImageProcessor.from_pretrained(source, backend="pil")
     processor, side = resized(processor, image_size)
@@ -129,17 +130,38 @@ def _from_transformers(folder: str, tower: str | None, image_size: int | None, m
     return Backbone(module, ImagePreprocess(processor, side, int(patch)), forward_options=options, **family)
 
 
-def _tower(config: Any, tower: str | None, folder: str) -> tuple[Any, Any]:
+def text_length(config: Any, max_length: int | None) -> int:
+    """The longest text in tokens: as asked, else 128 or as many as the backbone has positions."""
+    positions = getattr(config, "max_position_embeddings", None) or 512
+    length = min(MAX_LENGTH, positions) if max_length is None else max_length
+    if length > positions:
+        raise SidebenchError(f"--max-length {length} is beyond this backbone's {positions} positions.")
+    return length
+
+
+def family_facts(config: Any) -> dict[str, Any]:
+    """What Backbone is told of a transformers configuration, by the names of its arguments."""
+    return {
+        "norm": _norm_of(config),
+        "causal": config.model_type in _CAUSAL,
+        "heads": getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None),
+        "activation": getattr(config, "hidden_act", None),
+        "config_facts": _config_facts(config),
+    }
+
+
+def one_tower(config: Any, tower: str | None, uri: str) -> tuple[Any, Any]:
+    """The configuration of one network, and the transformers class that makes it; `uri` names it in errors."""
     from transformers import AutoModel, AutoModelForTextEncoding
 
     towers = [name for name in ("text", "vision") if hasattr(config, f"{name}_config")]
     if towers:
         if tower not in towers:
-            raise SidebenchError(f"hf:{folder} has the towers {', '.join(towers)}; say which: hf:{folder}?tower=vision")
+            raise SidebenchError(f"{uri} has the towers {', '.join(towers)}; say which: {uri}?tower=vision")
         config = getattr(config, f"{tower}_config")
         return config, AutoModel._model_mapping[type(config)]
     if tower:
-        raise SidebenchError(f"hf:{folder} is one network ({config.model_type}), it has no tower {tower!r}.")
+        raise SidebenchError(f"{uri} is one network ({config.model_type}), it has no tower {tower!r}.")
     return config, AutoModelForTextEncoding if getattr(config, "is_encoder_decoder", False) else AutoModel
 
 
@@ -178,7 +200,7 @@ def _from_module(path: str, image_size: int | None) -> Backbone:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's own file raises
-        raise SidebenchError(f"cannot import {module_name!r} for module:{path}: {_said(error)}.") from error
+        raise SidebenchError(f"cannot import {module_name!r} for module:{path}: {said(error)}.") from error
     factory = getattr(module, factory_name, None)
     if factory is None:
         raise unknown(f"factory in {module_name}", factory_name, (n for n in vars(module) if not n.startswith("_")))
@@ -187,7 +209,7 @@ def _from_module(path: str, image_size: int | None) -> Backbone:
     except SidebenchError:
         raise
     except Exception as error:
-        raise SidebenchError(f"calling {factory_name}() for module:{path} failed: {_said(error)}.") from error
+        raise SidebenchError(f"calling {factory_name}() for module:{path} failed: {said(error)}.") from error
     if isinstance(built, Backbone):
         return built
     if not isinstance(built, nn.Module):
@@ -205,10 +227,10 @@ def _reading(folder: str, local: bool) -> Iterator[None]:
         yield
     except Exception as error:
         hint = " A folder on disk is written hf:./folder; without a hub, `bench backbones` lists the samples."
-        raise SidebenchError(f"cannot load the backbone hf:{folder}: {_said(error)}{'' if local else hint}") from error
+        raise SidebenchError(f"cannot load the backbone hf:{folder}: {said(error)}{'' if local else hint}") from error
 
 
-def _said(error: Exception) -> str:
+def said(error: BaseException) -> str:
     """The first line of what another library said, with its kind where the words alone would not explain it."""
     lines = str(error).strip().splitlines()
     said = lines[0][:300] if lines else ""

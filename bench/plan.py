@@ -1,0 +1,293 @@
+"""What a comparison would take before anything runs: predicted memory per method, what fits, the cache and its gain."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..adapters._base import CachedMethod, FittedMethod, LiveMethod, Method
+from ..adapters._registry import Named, find_method, known_methods
+from ..cache.backbone import Backbone
+from ..cache.configs import config_backbone, without_weights
+from ..cache.errors import SidebenchError, unknown
+from ..cache.load import CONFIG_ONLY, backbone_uri, load_backbone
+from ..cache.planning import CaptureOptions
+from ..cache.reduction import reduction_of
+from .plan_cache import CacheFacts, Data, cache_facts
+from .predict import Prediction, Step, Unpredictable, kept_shape, predict
+from .predict_fit import predict_fit
+from .prepare import Say, resolve_device
+from .tasks.load import load_task
+from .tasks.split import split
+
+ASSUMED_EXAMPLES = 1000  # for a method solved on all training examples, where no task says how many (VTAB-1k's number)
+_LARGEST_BATCH = 2**20
+_MOST_PREDICTIONS = 8
+_MOST_EVENTS = 1_500_000  # of a prediction that only confirms a batch: about 40 s
+_SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What `bench plan` was asked for; without a task `num_outputs` and `num_examples` say what it would have said."""
+
+    backbone: str
+    methods: tuple[str, ...]
+    settings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    task: str | None = None
+    limit: int | None = None
+    batch_size: int = 32
+    image_size: int | None = None
+    max_length: int | None = None
+    num_outputs: int | None = None
+    num_examples: int | None = None
+    precision: str = "fp32"
+    semantics: str = "cuda"
+    attention: str = "auto"
+    capture: CaptureOptions = field(default_factory=CaptureOptions)
+    device_memory: str | None = None
+
+
+def plan(request: PlanRequest, *, home: Path, cache_dir: Path, say: Say) -> dict[str, Any]:
+    """The document that `bench plan --json` prints.
+
+    Raises SidebenchError for a wrong name, option or size; a method that cannot take the backbone is left to "skipped".
+    """
+    named = [find_method(text) for text in _expanded(request.methods)]
+    _check(request, named)
+    memory = None if request.device_memory is None else parse_bytes(request.device_memory)
+    configured = {n.text: n.configured(request.settings.get(n.key, {})) for n in named}
+    data = _data(request, home, say)
+    backbone = _backbone(request, home, say)
+    _check_modality(backbone, data)
+    real = None if request.backbone.startswith(CONFIG_ONLY) else backbone
+    fake = without_weights(backbone)
+    data = data.with_lengths(real)
+    step = Step(
+        request.batch_size,
+        request.num_outputs or data.num_outputs,
+        request.precision,
+        request.semantics,
+        request.attention,
+        request.capture.form(),
+        request.max_length if data.longest is None else data.longest,
+        data.pooling,
+    )
+    rows, skipped = [], []
+    for name, method in configured.items():
+        say(f"predicting {name}")
+        if reason := _refusal(method, fake, step):
+            skipped.append({"method": name, "reason": reason})
+            continue
+        try:
+            rows.append(_row(name, method, fake, step, data, memory))
+        except Unpredictable as error:
+            rows.append(_unknown_row(name, method, str(error)))
+        except SidebenchError as error:
+            skipped.append({"method": name, "reason": str(error)})
+    kept = [method for name, method in configured.items() if name in {row["method"] for row in rows}]
+    facts = cache_facts(CacheFacts(request.capture, kept, fake, step, data), real, cache_dir, say)
+    return {
+        "backbone": request.backbone,
+        "task": request.task,
+        "kind": "predicted",
+        "semantics": _semantics(request),
+        "step": _step_facts(step, fake),
+        "device_memory_bytes": memory,
+        "methods": rows,
+        "skipped": skipped,
+        "cache": facts,
+    }
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "24GiB", "24GB", "500 MB" or a plain number. Raises SidebenchError for anything else."""
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([A-Za-z]{0,3})\s*", text)
+    unit = None if found is None else _SIZES.get(found[2].upper())
+    if found is None or unit is None or (size := int(float(found[1]) * unit)) < 1:
+        raise SidebenchError(f"{text!r} is no amount of memory; write 24GiB (2^30), 24GB (10^9) or a number of bytes.")
+    return size
+
+
+def _expanded(methods: Sequence[str]) -> tuple[str, ...]:
+    if not methods:
+        raise SidebenchError(f"no methods given; name some of {', '.join(known_methods())}, or all.")
+    return tuple(dict.fromkeys(name for text in methods for name in (known_methods() if text == "all" else (text,))))
+
+
+def _check(request: PlanRequest, named: Sequence[Named]) -> None:
+    keys = {n.key for n in named}
+    for key in request.settings:
+        if key not in keys:
+            raise unknown("planned method in --set", key, keys)
+    for option, value, known in (
+        ("precision", request.precision, ("fp32", "bf16")),
+        ("semantics", request.semantics, ("cuda", "cpu")),
+        ("attention kernel", request.attention, ("auto", "efficient", "flash", "math")),
+    ):
+        if value not in known:
+            raise unknown(option, value, known)
+    if request.attention != "auto" and request.semantics == "cpu":
+        raise SidebenchError("--attention chooses among CUDA's kernels; leave it out with --semantics cpu.")
+    if request.attention == "flash" and request.precision == "fp32":
+        raise SidebenchError("the flash kernel does not compute in float32: use --precision bf16, or another kernel.")
+
+
+def _data(request: PlanRequest, home: Path, say: Say) -> Data:
+    if request.task is None:
+        if request.limit is not None:
+            raise SidebenchError("--limit cuts a task down; without --task give --num-examples.")
+        return Data(num_outputs=100, num_examples=request.num_examples)
+    if request.num_examples is not None:
+        raise SidebenchError("--num-examples stands in for a task; with --task use --limit.")
+    task = load_task(request.task, home=home, limit=request.limit, say=say)
+    parts = split(task, 0).sizes()
+    return Data(len(task.classes), len(task.examples), parts["train"], task.pooling, task.examples)
+
+
+def _backbone(request: PlanRequest, home: Path, say: Say) -> Backbone:
+    uri = backbone_uri(request.backbone)
+    sizes = {"image_size": request.image_size, "max_length": request.max_length}
+    if uri.scheme == CONFIG_ONLY.removesuffix(":"):
+        return config_backbone(uri.path, tower=uri.options.get("tower"), **sizes)
+    device = resolve_device("auto", lambda _: None)
+    return load_backbone(request.backbone, home=home, device=device, say=say, **sizes)
+
+
+def _check_modality(backbone: Backbone, data: Data) -> None:
+    if data.examples is not None and data.examples.modality != backbone.arch.modality:
+        raise SidebenchError(
+            f"{backbone.arch.name} reads {backbone.arch.modality}, the task holds {data.examples.modality}; "
+            "choose a backbone and a task of one kind (bench backbones, bench tasks)."
+        )
+
+
+def _refusal(method: Method, backbone: Backbone, step: Step) -> str | None:
+    if isinstance(method, LiveMethod):
+        return method.refusal(backbone.arch)
+    return method.refusal(reduction_of(step.form.tokens, backbone.arch, step.form.seed).seen)
+
+
+def _row(name: str, method: Method, backbone: Backbone, step: Step, data: Data, memory: int | None) -> dict[str, Any]:
+    row: dict[str, Any] = {"method": name, "kind": method.kind}
+    if isinstance(method, FittedMethod):
+        width = kept_shape(backbone, backbone.arch.final_layer, step)[1]
+        examples = data.num_train or data.num_examples or ASSUMED_EXAMPLES
+        found = predict_fit(
+            method, examples=examples, width=width, num_outputs=step.num_outputs, semantics=step.semantics
+        )
+        row |= _figures(found, memory)
+        row["training_examples"] = examples
+        row["assumes"] = f"{examples:,} training examples, solved at once with a full history of the solver"
+        row["by_category"] = row["largest_batch"] = None
+        row["unavailable"] = {"by_category": "solved in one call, not decomposed"}
+        if memory is not None:
+            row["unavailable"]["largest_batch"] = "solved on all examples at once"
+        return row
+    assert isinstance(method, CachedMethod | LiveMethod)
+    found = predict(method, backbone, step)
+    row |= {**_figures(found, memory), "largest_batch": None, "unavailable": {}}
+    if memory is not None:
+        row["largest_batch"] = largest_batch(method, backbone, step, found, memory)
+    return row
+
+
+def _figures(found: Prediction, memory: int | None) -> dict[str, Any]:
+    allocator = found.allocator
+    return {
+        "trainable_params": found.trainable_params,
+        "head_params": found.head_params,
+        "predicted_peak_bytes": found.peak.peak_bytes,
+        "by_category": dict(found.peak.by_category),
+        "by_phase": dict(found.peak.by_phase),
+        "at": found.peak.at,
+        "predicted_allocated_bytes": None if allocator is None else allocator.allocated_bytes,
+        "predicted_reserved_bytes": None if allocator is None else allocator.reserved_bytes,
+        "fits": None if memory is None else needed_bytes(found) <= memory,
+    }
+
+
+def _unknown_row(name: str, method: Method, reason: str) -> dict[str, Any]:
+    figures = ("trainable_params", "predicted_peak_bytes", "by_category", "by_phase", "predicted_allocated_bytes")
+    missing = (*figures, "predicted_reserved_bytes", "fits", "largest_batch")
+    row = {"method": name, "kind": method.kind, **dict.fromkeys(missing)}
+    return {**row, "unavailable": dict.fromkeys(missing, reason)}
+
+
+def needed_bytes(found: Prediction) -> int:
+    """What is held against a device's memory: reserved segments under CUDA semantics, else requested bytes."""
+    return found.peak.peak_bytes if found.allocator is None else found.allocator.reserved_bytes
+
+
+def largest_batch(
+    method: CachedMethod | LiveMethod, backbone: Backbone, step: Step, found: Prediction, memory: int
+) -> dict[str, Any]:
+    """The largest batch found to fit into `memory` bytes.
+
+    Memory is close to affine in the batch, so a line through two predictions says where it meets the limit and a
+    prediction there says whether it does; each one that misses moves the line. "confirmed": the batch itself was
+    predicted; "exact": so was the next one, which does not fit. A prediction of too many operations is left out, and
+    the batch is then what the line says.
+    """
+    known = {step.batch_size: found}
+    guess = step.batch_size // 2 if step.batch_size > 1 else 2
+    exact = False
+    while len(known) < _MOST_PREDICTIONS:
+        known[guess] = predict(method, backbone, replace(step, batch_size=guess))
+        fits, over = _sides(known, memory)
+        if over == 1 or over == fits + 1:
+            exact = True
+            break
+        guess = _next_guess(known, memory)
+        if found.events / step.batch_size * guess > _MOST_EVENTS and _grows(known):
+            return {"batch_size": guess, "predicted_bytes": None, "confirmed": False, "exact": False}
+        if guess in known:
+            break
+    fits, _ = _sides(known, memory)
+    size = needed_bytes(known[fits]) if fits else None
+    return {"batch_size": fits, "predicted_bytes": size, "confirmed": True, "exact": exact}
+
+
+def _sides(known: Mapping[int, Prediction], memory: int) -> tuple[int, int]:
+    """The largest batch known to fit (0: none) and the smallest known not to."""
+    fits = max((batch for batch, found in known.items() if needed_bytes(found) <= memory), default=0)
+    return fits, min((batch for batch in known if batch > fits), default=_LARGEST_BATCH)
+
+
+def _next_guess(known: Mapping[int, Prediction], memory: int) -> int:
+    """Where the line through the two predictions nearest to the limit meets it."""
+    fits, over = _sides(known, memory)
+    near = sorted(known, key=lambda batch: abs(needed_bytes(known[batch]) - memory))[:2]
+    low, high = sorted(near)
+    slope = (needed_bytes(known[high]) - needed_bytes(known[low])) / (high - low)
+    if slope <= 0:
+        return min(2 * max(known), over - 1)
+    met = int(low + (memory - needed_bytes(known[low])) / slope)
+    return min(max(met, fits + 1, 1), over - 1)
+
+
+def _grows(known: Mapping[int, Prediction]) -> bool:
+    """Whether a larger batch takes more operations (a method that works through it in slices)."""
+    return known[max(known)].events > known[min(known)].events
+
+
+def _semantics(request: PlanRequest) -> str:
+    if request.semantics == "cpu":
+        return "cpu"
+    auto = "efficient" if request.precision == "fp32" else "flash without a mask, else efficient"
+    return f"cuda, attention: {auto if request.attention == 'auto' else request.attention}"
+
+
+def _step_facts(step: Step, backbone: Backbone) -> dict[str, Any]:
+    image = backbone.arch.modality == "image"
+    return {
+        "batch_size": step.batch_size,
+        "num_outputs": step.num_outputs,
+        "precision": step.precision,
+        "optimizer": "AdamW, foreach" if step.semantics == "cuda" else "AdamW",
+        "image_size": getattr(backbone.preprocess, "image_size", None) if image else None,
+        "max_length": None if image else step.max_length or getattr(backbone.preprocess, "max_length", None),
+        "steps": 2,
+    }

@@ -1,0 +1,284 @@
+"""Predict the memory of a training step without weights, data or a GPU: the step that is measured, on fake tensors.
+
+The same learner, loss, optimiser and tracker as in `measure`, so under CPU semantics the bytes are the tracked ones.
+Under CUDA semantics the figure is what a CUDA run would request; that is a prediction until a GPU confirms it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..adapters._base import Batch, Body, CachedMethod, LiveMethod, Method, trained
+from ..cache.backbone import Backbone
+from ..cache.block_weights import read_weights
+from ..cache.configs import fake_mode, without_weights
+from ..cache.encode import encode, tensors_of
+from ..cache.errors import SidebenchError
+from ..cache.form import Form
+from ..cache.load import said
+from ..cache.reduction import reduction_of
+from .allocator import AllocatorPeaks, replay_allocator
+from .cuda_semantics import CudaSemantics, use_foreach
+from .learner import Learner
+from .tasks.base import Pooling
+from .tracker import Event, TrackedPeak, Tracker
+from .training import Settings, loss_of, make_optimizer
+
+_FEW = slice(0, 2)  # rows of the first step
+
+
+@dataclass(frozen=True)
+class Step:
+    """The training step to predict."""
+
+    batch_size: int
+    num_outputs: int = 100
+    precision: str = "fp32"  # "fp32" | "bf16"
+    semantics: str = "cuda"  # "cuda" | "cpu"
+    attention: str = "auto"  # under CUDA semantics; see CudaSemantics
+    form: Form = field(default_factory=Form)  # in which activations are cached
+    max_length: int | None = None  # tokens of the longest text; None: the backbone's preprocessing says
+    pooling: Pooling = "mean"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Requested bytes by category and phase, and what the caching allocator would make of them (None on a CPU)."""
+
+    peak: TrackedPeak
+    allocator: AllocatorPeaks | None
+    trainable_params: int  # the head's included
+    head_params: int
+    events: int  # in the log: how much work the prediction was
+
+
+class Unpredictable(SidebenchError):
+    """The method asks for values that a fake tensor does not have."""
+
+
+def predict(method: Method, backbone: Backbone, step: Step) -> Prediction:
+    """Peak memory of the second training step of `method` on `backbone`, whose weights (if any) are not touched.
+
+    Raises Unpredictable where the step depends on values, SidebenchError for what the method or a kernel refuses.
+    """
+    if not isinstance(method, CachedMethod | LiveMethod):
+        raise Unpredictable("it is not trained in steps")
+    if isinstance(method, LiveMethod) or fake_mode(backbone) is None:
+        backbone = without_weights(backbone)  # a live method changes it
+    mode = fake_mode(backbone)
+    assert mode is not None
+    try:
+        with mode:
+            batch, targets = batch_for(method, backbone, step)  # first: a live method may lengthen the token sequence
+            learner = _learner(method, backbone, step)
+            return _run(learner, batch, targets, step, method)
+    except DataDependentOutputException as error:
+        raise Unpredictable(f"its memory depends on values ({error.func}), which a prediction does not have") from None
+    except (RuntimeError, NotImplementedError) as error:  # whatever a method from outside does that a fake one cannot
+        raise Unpredictable(f"its step does not run on fake tensors: {said(error)}") from error
+
+
+def _run(learner: Learner, batch: Batch, targets: Tensor, step: Step, method: Method) -> Prediction:
+    """The steps of `track`, the first on a few rows: it is there for the optimiser's state, the same for any batch."""
+    learner.train()
+    weight_decay = method.config.weight_decay
+    settings = Settings(0, 1, step.batch_size, method.config.lr, weight_decay, step.precision)
+    optimizer = make_optimizer(learner, settings)
+    on_cuda = step.semantics == "cuda"
+    if on_cuda:
+        use_foreach(optimizer)
+    semantics = CudaSemantics(step.attention) if on_cuda else nullcontext()
+    statistics = nullcontext() if step.precision == "fp32" else _TrueStatistics()
+    with statistics, Tracker(learner, optimizer, [targets, *_tensors(batch)]) as tracker, semantics:
+        starts = []
+        for rows in (_FEW, slice(None)):
+            starts.append(len(tracker.events))
+            tracker.begin_step()
+            with tracker.phase("forward"):
+                loss = loss_of(learner, batch.rows(rows), targets[rows], step.precision)
+            with tracker.phase("backward"):
+                loss.backward()
+            with tracker.phase("step"):
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            del loss
+        if on_cuda:
+            _leave_on_host(tracker, optimizer)
+    return Prediction(
+        tracker.peak(),
+        _allocated(tracker.events, *starts) if on_cuda else None,
+        trainable_params=sum(p.numel() for p in trained(learner).values()),
+        head_params=sum(p.numel() for p in learner.head.parameters()),
+        events=len(tracker.events),
+    )
+
+
+def _allocated(events: Sequence[Event], first: int, second: int) -> AllocatorPeaks:
+    """What the allocator makes of two whole steps: the first leaves segments behind that the second uses.
+
+    Its forward and backward are those of the second over again; its optimiser's step, where the state is born, is that
+    of the step on a few rows, which does not depend on them.
+    """
+    before, whole = list(events[:first]), list(events[second:])
+    own = {e.storage for e in whole if e.storage >= 0} - {e.storage for e in events[:second]}
+    made = {e.storage for e in events[first:second] if e.phase == "step" and e.delta_bytes > 0}
+    again = [e._replace(storage=-2 - e.storage) for e in whole if e.storage in own and e.phase != "step"]
+    update = [e for e in events[first:second] if e.storage in made]
+    left: dict[int, int] = {}
+    for event in again:
+        left[event.storage] = left.get(event.storage, 0) + event.delta_bytes
+    freed = [Event("death", -size, storage, "step") for storage, size in left.items() if size]
+    warm = [*before, *again, *update, *freed]
+    return replay_allocator([*warm, *whole], len(warm))
+
+
+def _leave_on_host(tracker: Tracker, optimizer: torch.optim.Optimizer) -> None:
+    """AdamW's step counters are on the host in a CUDA run (torch/optim/adam.py, without `capturable`)."""
+    counters = [state["step"] for state in optimizer.state.values() if isinstance(state.get("step"), Tensor)]
+    host = {number for counter in counters for number in tracker.see(counter, "a step counter")}
+    tracker.events[:] = [e._replace(delta_bytes=0) if e.storage in host else e for e in tracker.events]
+
+
+def _learner(method: CachedMethod | LiveMethod, backbone: Backbone, step: Step) -> Learner:
+    with _building():
+        if isinstance(method, CachedMethod):
+            arch = reduction_of(step.form.tokens, backbone.arch, step.form.seed).seen
+            widths = {layer: shape[-1] for layer, shape in kept_shapes(method, backbone, step).items()}
+            # Fake weights: shapes are all that an initialisation can change of a byte.
+            body: Body = method.build(arch, widths, lambda: read_weights(backbone))
+        else:
+            arch, body = backbone.arch, method.build(backbone)
+        return Learner(body, step.num_outputs, step.pooling, arch.prefix_tokens)
+
+
+def kept_shapes(method: CachedMethod, backbone: Backbone, step: Step) -> dict[str, tuple[int, int]]:
+    """(T, D) of one example per layer that the method reads, as it is kept."""
+    seen = reduction_of(step.form.tokens, backbone.arch, step.form.seed).seen
+    return {layer: kept_shape(backbone, layer, step) for layer in method.layers(seen)}
+
+
+def kept_shape(backbone: Backbone, layer: str, step: Step) -> tuple[int, int]:
+    """(T, D) of one example of a layer, as it is kept; a text has the longest's tokens."""
+    reduction = reduction_of(step.form.tokens, backbone.arch, step.form.seed)
+    length = text_tokens(backbone, step)
+    tokens, width = layer_shapes(backbone, [layer])[layer]
+    kept, kept_width = reduction.shape(tokens if length is None else None, width)
+    if kept is None:
+        lengths = reduction.lengths(np.array([length]))
+        assert lengths is not None
+        kept = int(lengths[0])
+    return kept, kept_width
+
+
+def layer_shapes(backbone: Backbone, layers: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """(T, D) of one example per layer; T of a text is that of the dummy. `backbone` may be a fake one."""
+    with fake_mode(backbone) or nullcontext():
+        found = backbone.capture(backbone.preprocess.dummy(backbone.device), layers)
+    return {layer: (found[layer].shape[1], found[layer].shape[2]) for layer in layers}
+
+
+def batch_for(method: CachedMethod | LiveMethod, backbone: Backbone, step: Step) -> tuple[Batch, Tensor]:
+    """What the method would be given, and the targets (B,)."""
+    if isinstance(method, CachedMethod):
+        batch = cached_batch(kept_shapes(method, backbone, step), step.batch_size, step.form)
+    else:
+        batch = _live_batch(backbone, step.batch_size, text_tokens(backbone, step))
+    return batch, torch.zeros(step.batch_size, dtype=torch.int64)
+
+
+def cached_batch(shapes: Mapping[str, tuple[int, int]], batch_size: int, form: Form) -> Batch:
+    """A batch as `CachedSource` yields it from a store of this form; `shapes`: (T, D) per layer."""
+    states = {}
+    for layer, shape in shapes.items():
+        channels = torch.zeros(shape[-1], 2) if form.per_channel else None
+        states[layer] = encode(torch.zeros(batch_size, *shape), form, channels)
+    tokens = max(shape[0] for shape in shapes.values())
+    return Batch(torch.ones((batch_size, tokens), dtype=torch.bool), states)
+
+
+def _live_batch(backbone: Backbone, batch_size: int, length: int | None) -> Batch:
+    """A batch as `LiveSource` yields it. A fake mask has no values, so transformers cannot leave it out."""
+    dummy = backbone.preprocess.dummy(backbone.device)
+    inputs = {}
+    for name, one in dummy.items():
+        shape = one.shape[1:] if length is None else (length, *one.shape[2:])
+        inputs[name] = torch.zeros((batch_size, *shape), dtype=one.dtype)
+    if length is None:
+        length = layer_shapes(backbone, [backbone.final_layer])[backbone.final_layer][0]
+    return Batch(torch.ones((batch_size, length), dtype=torch.bool), inputs=inputs)
+
+
+def text_tokens(backbone: Backbone, step: Step) -> int | None:
+    """Tokens of the longest text of the batch; None for images."""
+    if backbone.arch.modality == "image":
+        return None
+    return step.max_length or int(getattr(backbone.preprocess, "max_length", 0)) or 128
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    stored = [part for layer in batch.activations.values() for part in tensors_of(layer)]
+    return [batch.mask, *stored, *batch.inputs.values()]
+
+
+class _TrueStatistics(TorchDispatchMode):
+    """Layer norm of bfloat16 with float32 weights: kernels keep its statistics in float32, fake ones in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.native_layer_norm.default and args[2] is not None:
+            return (found[0], *(t.to(torch.promote_types(t.dtype, args[2].dtype)) for t in found[1:]))
+        return found
+
+
+class _AnyValue(TorchDispatchMode):
+    """While a network is built, a value that is asked of a fake tensor is zero.
+
+    Initialisations redraw until no number is out of bounds (trunc_normal_), and no byte depends on the outcome.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0.0 if args[0].dtype.is_floating_point else False if args[0].dtype is torch.bool else 0
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _building() -> Iterator[None]:
+    """Let networks be built on fake tensors: `Module.to`, which peft calls, would swap tensors, and not fake ones."""
+    original = nn.Module._apply
+    nn.Module._apply = _assign  # type: ignore[method-assign]
+    try:
+        with _AnyValue():
+            yield
+    finally:
+        nn.Module._apply = original  # type: ignore[method-assign]
+
+
+def _assign(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`Module._apply` by assignment."""
+    for child in module.children() if recurse else ():
+        _assign(child, fn)
+    for name, parameter in module._parameters.items():
+        if parameter is not None and (moved := fn(parameter)) is not parameter:
+            module._parameters[name] = nn.Parameter(moved.detach(), parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = fn(buffer)
+    return module
