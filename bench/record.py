@@ -67,14 +67,19 @@ class Cost:
     train_seconds: float
     eval_seconds: float
     examples_per_second: float
-    peak_device_bytes: int | None = None
+    peak_device_bytes: int | None = None  # CUDA's max_memory_allocated
     peak_reserved_bytes: int | None = None
-    peak_nvml_bytes: int | None = None
+    peak_requested_bytes: int | None = None  # what a prediction predicts
+    peak_nvml_bytes: int | None = None  # of this process
+    nvml_device_growth_bytes: int | None = None
+    context_bytes: int | None = None
+    energy_joules_per_step: float | None = None
     peak_tracked_bytes: int | None = None
     peak_host_bytes: int | None = None
     memory_by_category: Mapping[str, int] | None = None
     memory_by_phase: Mapping[str, int] | None = None
     memory_peak_at: str | None = None
+    remarks: Mapping[str, str] = field(default_factory=dict)  # what qualifies a figure that was measured
     unavailable: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -1,6 +1,6 @@
 """Measuring memory: it changes nothing, adds up, grows with what it measures, and says why a figure is missing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from sidebench.adapters._base import Batch, Body, FittedMethod
 from sidebench.adapters._registry import find_method
-from sidebench.bench.device_memory import DeviceMeter
+from sidebench.bench import measure
+from sidebench.bench.device_memory import DeviceMemory, DeviceMeter
+from sidebench.bench.energy import WHOLE_GPU
 from sidebench.bench.learner import Learner
 from sidebench.bench.measure import Memory, measure_fit, measure_training
+from sidebench.bench.record import Cost
 from sidebench.bench.tracker import CATEGORIES
 from sidebench.bench.training import Settings, loss_of, make_optimizer, snapshot
 from sidebench.bench.worker import seeded
@@ -83,8 +86,6 @@ def test_training_after_measuring_gives_the_same_numbers_as_without() -> None:
 
 
 def test_measuring_does_train_else_it_would_measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sidebench.bench import measure
-
     monkeypatch.setattr(measure, "load_trained", lambda *_: None)
     learner = _learner()
     before = learner.head.weight.detach().clone()
@@ -120,9 +121,81 @@ def test_the_batch_counts_and_grows_with_its_size_while_the_weights_do_not() -> 
 
 def test_on_a_cpu_device_memory_is_none_with_the_reason_and_never_zero() -> None:
     memory = _measured(_learner())
-    for name in ("peak_device_bytes", "peak_reserved_bytes", "peak_nvml_bytes"):
+    on_device = ("peak_device_bytes", "peak_reserved_bytes", "peak_requested_bytes", "peak_nvml_bytes")
+    for name in (*on_device, "nvml_device_growth_bytes", "context_bytes", "energy_joules_per_step"):
         assert memory.values[name] is None
         assert "'cpu'" in memory.unavailable[name]
+
+
+def test_every_figure_has_a_field_in_the_record() -> None:
+    assert set(_measured(_learner()).values) <= {field.name for field in fields(Cost)}
+
+
+class Told:
+    """A device meter of which only the block is heard."""
+
+    device = CPU
+
+    def __init__(self, calls: list[str]) -> None:
+        self.calls = calls
+
+    def __enter__(self) -> "Told":
+        self.calls.append("reset")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.calls.append("read")
+
+    def result(self) -> DeviceMemory:
+        return DeviceMemory(
+            nvml_process_bytes=9,
+            nvml_device_growth_bytes=7,
+            nvml_samples=3,
+            nvml_longest_gap_seconds=0.0061,
+            remarks={"nvml_device_growth_bytes": "shared GPU"},
+        )
+
+
+def test_the_peak_is_reset_after_warm_up_and_read_before_the_tracked_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    loss = measure.loss_of
+    track = measure.track
+    monkeypatch.setattr(measure, "loss_of", lambda *a: (calls.append("step"), loss(*a))[1])
+    monkeypatch.setattr(measure, "track", lambda *a, **k: (calls.append("track"), track(*a, **k))[1])
+    measure_training(_learner(), *_batch(8), SETTINGS, Told(calls))
+    assert calls == ["step", "step", "reset", "step", "step", "read", "track", "step", "step"]
+
+
+def test_what_qualifies_a_figure_is_kept_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "joules_per_step", lambda step, device: (2.5, ""))
+    memory = measure_training(_learner(), *_batch(8), SETTINGS, Told([]))
+    assert memory.values["nvml_device_growth_bytes"] == 7
+    assert memory.values["energy_joules_per_step"] == 2.5
+    assert memory.values["peak_nvml_bytes"] == 9
+    assert memory.values["remarks"] == {
+        "nvml_device_growth_bytes": "shared GPU",
+        "peak_nvml_bytes": "3 samples at most 6.1 ms apart, the last one after the last step",
+        "energy_joules_per_step": WHOLE_GPU,
+    }
+    assert "energy_joules_per_step" not in memory.unavailable
+
+
+def test_energy_is_that_of_real_training_steps_which_are_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = _learner()
+    before, seen = snapshot(learner), []
+
+    def repeat(step: Any, device: torch.device) -> tuple[None, str]:
+        at = learner.head.weight.detach().clone()
+        for _ in range(3):
+            step()
+            seen.append(torch.equal(learner.head.weight, at))
+        return None, "not here"
+
+    monkeypatch.setattr(measure, "joules_per_step", repeat)
+    memory = _measured(learner)
+    assert seen == [False] * 3
+    assert memory.unavailable["energy_joules_per_step"] == "not here"
+    assert all(torch.equal(value, before[name]) for name, value in snapshot(learner).items())
 
 
 def test_what_is_none_has_a_reason_and_what_is_measured_has_none() -> None:
@@ -156,6 +229,8 @@ def test_a_fitted_method_is_not_decomposed_and_says_so() -> None:
     assert memory.unavailable["memory_by_category"] == "solved in one call, not decomposed"
     assert memory.values["peak_device_bytes"] is None
     assert "'cpu'" in memory.unavailable["peak_device_bytes"]
+    assert memory.values["energy_joules_per_step"] is None
+    assert memory.unavailable["energy_joules_per_step"] == "solved in one call, it has no steps"
 
 
 @dataclass(frozen=True)
