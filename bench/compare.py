@@ -9,14 +9,15 @@ from typing import Any
 
 from .. import __version__
 from ..adapters._base import CachedMethod, FittedMethod, Method
-from ..adapters._registry import Named, find_method, known_methods
+from ..adapters._registry import Named
 from ..cache.backbone import Architecture
 from ..cache.build import BuildResult, CaptureOptions, Plan
 from ..cache.catalog import read_notes
-from ..cache.errors import SidebenchError, unknown
+from ..cache.errors import SidebenchError
 from ..cache.manifest import Manifest, canonical_json, missing_layers
 from ..cache.memory_store import Tier
 from ..cache.views import DESCRIPTION
+from .choice import chosen_methods
 from .launch import Listener, failed, run_once, with_chosen_lr
 from .prepare import Inputs, Prepared, plan_store, prepare, resolve_device, store_for
 from .record import Job, RunRecord
@@ -71,9 +72,9 @@ def compare(
     keeps its place with its error.
     """
     listener = listener or Listener()
-    named = [find_method(text) for text in _expanded(request.methods)]
-    _check_settings(request.settings, named)
-    configured = {n.text: n.configured(request.settings.get(n.key, {})) for n in named}
+    asked = chosen_methods(request.methods, request.settings)
+    named = [n for n, _ in asked]
+    configured = {n.text: method for n, method in asked}
     rates = {name: learning_rates(request.lr, method) for name, method in configured.items()}
     prepared = prepare(request.inputs, home=home, cache_dir=cache_dir, say=listener.say)
     parts = split_task(prepared.task, request.split_seed)
@@ -115,19 +116,6 @@ def compare(
         None if built is None else _store_facts(built),
         view,
     )
-
-
-def _expanded(methods: Sequence[str]) -> tuple[str, ...]:
-    if not methods:
-        raise SidebenchError(f"no methods given; name some of {', '.join(known_methods())}, or all.")
-    return tuple(dict.fromkeys(name for text in methods for name in (known_methods() if text == "all" else (text,))))
-
-
-def _check_settings(settings: Mapping[str, Mapping[str, str]], named: Sequence[Named]) -> None:
-    keys = {n.key for n in named}
-    for key in settings:
-        if key not in keys:
-            raise unknown("compared method in --set", key, keys)
 
 
 def _check_pooling(prepared: Prepared, manifest: Manifest) -> None:

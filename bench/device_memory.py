@@ -22,12 +22,12 @@ from .nvml import (
     Sampler,
     handle_of,
     in_sentences,
+    nvml_status,
     open_nvml,
     process_bytes,
     used_by_uuid,
     used_bytes,
 )
-from .nvml import nvml_status as nvml_status
 
 _TORCH_FIELDS = {
     "peak_allocated_bytes": "allocated_bytes.all.peak",

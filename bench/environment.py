@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from .device_memory import nvml_status
+from .nvml import nvml_status
 
 PACKAGES = ("torch", "numpy", "zarr", "transformers", "peft")
 VARIABLES = (

@@ -1,19 +1,19 @@
 """What a comparison would take before anything runs: predicted memory per method, what fits, the cache and its gain."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..adapters._base import CachedMethod, FittedMethod, LiveMethod, Method
-from ..adapters._registry import Named, find_method, known_methods
 from ..cache.backbone import Backbone
 from ..cache.configs import config_backbone, without_weights
 from ..cache.errors import SidebenchError, unknown
 from ..cache.load import CONFIG_ONLY, backbone_uri, load_backbone
 from ..cache.planning import CaptureOptions
 from ..cache.reduction import reduction_of
+from .choice import chosen_methods
 from .plan_cache import CacheFacts, Data, cache_facts
 from .predict import Prediction, Step, Unpredictable, kept_shape, predict
 from .predict_fit import predict_fit
@@ -55,10 +55,9 @@ def plan(request: PlanRequest, *, home: Path, cache_dir: Path, say: Say) -> dict
 
     Raises SidebenchError for a wrong name, option or size; a method that cannot take the backbone is left to "skipped".
     """
-    named = [find_method(text) for text in _expanded(request.methods)]
-    _check(request, named)
+    configured = {named.text: method for named, method in chosen_methods(request.methods, request.settings)}
+    _check(request)
     memory = None if request.device_memory is None else parse_bytes(request.device_memory)
-    configured = {n.text: n.configured(request.settings.get(n.key, {})) for n in named}
     data = _data(request, home, say)
     backbone = _backbone(request, home, say)
     _check_modality(backbone, data)
@@ -111,17 +110,7 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def _expanded(methods: Sequence[str]) -> tuple[str, ...]:
-    if not methods:
-        raise SidebenchError(f"no methods given; name some of {', '.join(known_methods())}, or all.")
-    return tuple(dict.fromkeys(name for text in methods for name in (known_methods() if text == "all" else (text,))))
-
-
-def _check(request: PlanRequest, named: Sequence[Named]) -> None:
-    keys = {n.key for n in named}
-    for key in request.settings:
-        if key not in keys:
-            raise unknown("planned method in --set", key, keys)
+def _check(request: PlanRequest) -> None:
     for option, value, known in (
         ("precision", request.precision, ("fp32", "bf16")),
         ("semantics", request.semantics, ("cuda", "cpu")),

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..adapters._base import Batch, Body, CachedMethod, LiveMethod, Method, trained
 from ..cache.backbone import Backbone
 from ..cache.block_weights import read_weights
-from ..cache.configs import fake_mode, without_weights
+from ..cache.configs import emptied, fake_mode, without_weights
 from ..cache.encode import encode, tensors_of
 from ..cache.errors import SidebenchError
 from ..cache.form import Form
@@ -85,39 +85,79 @@ def predict(method: Method, backbone: Backbone, step: Step) -> Prediction:
         raise Unpredictable(f"its step does not run on fake tensors: {said(error)}") from error
 
 
+def predict_copy(method: CachedMethod, learner: Learner, batch: Batch, step: Step) -> Prediction:
+    """The same for a cached method whose learner and batch are at hand: on fake copies, neither is touched."""
+    shapes = {layer: (stored.shape[1], stored.shape[2]) for layer, stored in batch.activations.items()}
+    with FakeTensorMode():
+        fake = cached_batch(shapes, len(batch.mask), step.form)
+        targets = torch.zeros(len(batch.mask), dtype=torch.int64)
+        return _run(emptied(learner, {}), fake, targets, step, method)
+
+
 def _run(learner: Learner, batch: Batch, targets: Tensor, step: Step, method: Method) -> Prediction:
-    """The steps of `track`, the first on a few rows: it is there for the optimiser's state, the same for any batch."""
+    """The steps of `track`."""
     learner.train()
-    weight_decay = method.config.weight_decay
-    settings = Settings(0, 1, step.batch_size, method.config.lr, weight_decay, step.precision)
-    optimizer = make_optimizer(learner, settings)
-    on_cuda = step.semantics == "cuda"
+    settings = Settings(0, 1, step.batch_size, method.config.lr, method.config.weight_decay, step.precision)
+
+    def loss(rows: slice) -> Tensor:
+        return loss_of(learner, batch.rows(rows), targets[rows], step.precision)
+
+    peak, allocator, events = predict_steps(
+        learner,
+        make_optimizer(learner, settings),
+        [targets, *_tensors(batch)],
+        loss,
+        semantics=step.semantics,
+        attention=step.attention,
+        precision=step.precision,
+    )
+    return Prediction(
+        peak,
+        allocator,
+        trainable_params=sum(p.numel() for p in trained(learner).values()),
+        head_params=sum(p.numel() for p in learner.head.parameters()),
+        events=events,
+    )
+
+
+def predict_steps(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs: Sequence[Tensor],
+    loss: Callable[[slice], Tensor],
+    *,
+    semantics: str = "cuda",
+    attention: str = "auto",
+    precision: str = "fp32",
+) -> tuple[TrackedPeak, AllocatorPeaks | None, int]:
+    """Train two steps on fake tensors; return the second's peak, the allocator's (None on a CPU) and the log's length.
+
+    The caller's FakeTensorMode is on, and `module` was built in it (see `building`). `loss(rows)` is the scalar loss on
+    those rows of the batch `inputs`: a few in the first step, which is there for the optimiser's state, the same for
+    any batch; all in the second.
+    """
+    on_cuda = semantics == "cuda"
     if on_cuda:
         use_foreach(optimizer)
-    semantics = CudaSemantics(step.attention) if on_cuda else nullcontext()
-    statistics = nullcontext() if step.precision == "fp32" else _TrueStatistics()
-    with statistics, Tracker(learner, optimizer, [targets, *_tensors(batch)]) as tracker, semantics:
+    mode = CudaSemantics(attention) if on_cuda else nullcontext()
+    statistics = nullcontext() if precision == "fp32" else _TrueStatistics()
+    with statistics, Tracker(module, optimizer, inputs) as tracker, mode:
         starts = []
         for rows in (_FEW, slice(None)):
             starts.append(len(tracker.events))
             tracker.begin_step()
             with tracker.phase("forward"):
-                loss = loss_of(learner, batch.rows(rows), targets[rows], step.precision)
+                found = loss(rows)
             with tracker.phase("backward"):
-                loss.backward()
+                found.backward()
             with tracker.phase("step"):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            del loss
+            del found
         if on_cuda:
             _leave_on_host(tracker, optimizer)
-    return Prediction(
-        tracker.peak(),
-        _allocated(tracker.events, *starts) if on_cuda else None,
-        trainable_params=sum(p.numel() for p in trained(learner).values()),
-        head_params=sum(p.numel() for p in learner.head.parameters()),
-        events=len(tracker.events),
-    )
+    allocator = _allocated(tracker.events, *starts) if on_cuda else None
+    return tracker.peak(), allocator, len(tracker.events)
 
 
 def _allocated(events: Sequence[Event], first: int, second: int) -> AllocatorPeaks:
@@ -147,7 +187,7 @@ def _leave_on_host(tracker: Tracker, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _learner(method: CachedMethod | LiveMethod, backbone: Backbone, step: Step) -> Learner:
-    with _building():
+    with building():
         if isinstance(method, CachedMethod):
             arch = reduction_of(step.form.tokens, backbone.arch, step.form.seed).seen
             widths = {layer: shape[-1] for layer, shape in kept_shapes(method, backbone, step).items()}
@@ -260,7 +300,7 @@ class _AnyValue(TorchDispatchMode):
 
 
 @contextmanager
-def _building() -> Iterator[None]:
+def building() -> Iterator[None]:
     """Let networks be built on fake tensors: `Module.to`, which peft calls, would swap tensors, and not fake ones."""
     original = nn.Module._apply
     nn.Module._apply = _assign  # type: ignore[method-assign]

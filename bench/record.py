@@ -76,6 +76,7 @@ class Cost:
     energy_joules_per_step: float | None = None
     peak_tracked_bytes: int | None = None
     peak_host_bytes: int | None = None
+    predicted_peak_bytes: int | None = None
     memory_by_category: Mapping[str, int] | None = None
     memory_by_phase: Mapping[str, int] | None = None
     memory_peak_at: str | None = None

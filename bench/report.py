@@ -11,6 +11,11 @@ Row = Mapping[str, Any]
 # What Markdown (with GitHub's tables and formulas) reads as markup; an underscore inside a word is none.
 _SPECIAL = re.compile(r"[\\`*|~$\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 _MIB = 2**20
+_LITERATURE_GB = 2**20 * 1000
+_MEMORY_LEGEND = (
+    'Tracked bytes, except the last column. Literature "GB": bytes / 1024² / 1000, the unit that LST, UniPT and SHERL '
+    "print as GB. Predicted: the same step on fake tensors, requested bytes under the semantics of the run's device."
+)
 _NO_AUGMENTATION = (
     "The backbone's dropout is off and there is no augmentation, for all methods alike; published recipes of live "
     "methods often use both."
@@ -129,11 +134,18 @@ def _legend() -> str:
 def _memory(rows: Sequence[Row]) -> str:
     names = ("parameters", "gradients", "optimizer", "activations", "inputs", "temporaries")
     body = [
-        [row["method"], *(_mib(row["memory_by_category"].get(name)) for name in names), _mib(row["peak_tracked_bytes"])]
+        [
+            row["method"],
+            *(_mib(row["memory_by_category"].get(name)) for name in names),
+            _mib(row["peak_tracked_bytes"]),
+            f"{row['peak_tracked_bytes'] / _LITERATURE_GB:.3f}",
+            _mib(row["predicted_peak_bytes"]),
+        ]
         for row in rows
         if row["memory_by_category"]
     ]
-    return _table(("method", *(f"{name} MiB" for name in names), "sum MiB"), body)
+    head = (*(f"{name} MiB" for name in names), "sum MiB", 'sum, literature "GB"', "predicted sum MiB")
+    return "\n\n".join([_table(("method", *head), body), _MEMORY_LEGEND])
 
 
 def _cache(store: Mapping[str, Any]) -> str:

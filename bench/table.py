@@ -16,7 +16,17 @@ from .training import correct
 
 REFERENCE = "linear_probe"  # what every method is tested against, where it was run: the bar to beat
 _STATISTICS_SEED = 0
-_PEAKS = ("peak_device_bytes", "peak_reserved_bytes", "peak_nvml_bytes", "peak_tracked_bytes", "peak_host_bytes")
+_PEAKS = (
+    "peak_device_bytes",
+    "peak_requested_bytes",
+    "peak_reserved_bytes",
+    "peak_nvml_bytes",
+    "nvml_device_growth_bytes",
+    "context_bytes",
+    "peak_tracked_bytes",
+    "peak_host_bytes",
+    "predicted_peak_bytes",
+)
 
 
 @dataclass(frozen=True)
@@ -81,12 +91,13 @@ def _row(outcome: Outcome, method: str, records: Sequence[RunRecord]) -> dict[st
         row[key] = statistics.mean(m[key] for m in measured) if measured else None
     cached = outcome.store is not None and kind == "cached"
     row |= {
-        "predicted_peak_bytes": None,
         "shots": None,
         "lr": first.get("lr"),
         "cache_bytes": outcome.store["bytes"] if cached and outcome.store else None,
         "cache_build_seconds": outcome.store["build_seconds"] if cached and outcome.store else None,
-        "unavailable": {**first.get("unavailable", {}), "predicted_peak_bytes": "not predicted by this version"},
+        "unavailable": first.get("unavailable") or {},
+        "energy_joules_per_step": first.get("energy_joules_per_step"),
+        "remarks": first.get("remarks") or {},
     }
     if measured and not errors:
         values = [float(m["score"]) for m in measured]

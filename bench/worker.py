@@ -23,6 +23,7 @@ from ..cache.backbone import Backbone
 from ..cache.block_weights import BackboneWeights, read_weights
 from ..cache.errors import SidebenchError
 from ..cache.feed import all_views
+from ..cache.form import Form
 from ..cache.home import home
 from ..cache.memory_store import place, tier_named
 from ..cache.store import Index
@@ -31,6 +32,7 @@ from .device_memory import DeviceMeter
 from .environment import environment
 from .learner import CachedSource, Learner, LiveSource, Source, longest_batch
 from .measure import Memory, measure_fit, measure_training
+from .predicted import with_fit_prediction, with_prediction
 from .record import Cost, Job, RunRecord, replacing, write_json, write_predictions
 from .tasks.base import Pooling, Split
 from .training import Diverged, Settings, accuracy, load_trained, predict, snapshot, train
@@ -58,12 +60,13 @@ def run(job: Job, folder: Path) -> None:
     split = read_split(folder / SPLIT)
     if isinstance(method, FittedMethod):
         return _run_fitted(job, method, split, device_meter, folder)
-    learner, source, ids, all_targets = _assemble(job, method, device)
+    learner, source, ids, all_targets, fake = _assemble(job, method, device)
     targets = torch.from_numpy(all_targets).to(device)
     settings = _settings(job, method, job.lrs[0])
     index = longest_batch(split.train, source.lengths(), job.batch_size)
     batch = next(iter(source.batches([index])))
     memory = measure_training(learner, batch, targets[torch.from_numpy(index)], settings, device_meter)
+    memory = with_prediction(memory, job, method, learner, batch, _form(source), fake)
     del batch
     source, placed = _placed(source, job, device)
     start = snapshot(learner)
@@ -109,8 +112,19 @@ def trial_path(folder: Path, job: Job, lr: float) -> Path:
     return folder / "trials" / f"{job.stem}-lr{lr!r}.json"
 
 
-def _assemble(job: Job, method: Method, device: torch.device) -> tuple[Learner, Source, tuple[str, ...], Index]:
-    """The learner and its batches. Seeded here and nowhere else, so every method draws from the same start."""
+def _form(source: Source) -> Form:
+    if isinstance(source, CachedSource) and isinstance(source.store, ZarrStore):
+        return source.store.manifest.form
+    return Form()
+
+
+def _assemble(
+    job: Job, method: Method, device: torch.device
+) -> tuple[Learner, Source, tuple[str, ...], Index, Backbone | None]:
+    """The learner and its batches; of a live method the backbone before it, without weights.
+
+    Seeded here and nowhere else, so every method draws from the same start.
+    """
     if isinstance(method, CachedMethod):
         assert job.store is not None
         store = ZarrStore(Path(job.store))
@@ -119,16 +133,18 @@ def _assemble(job: Job, method: Method, device: torch.device) -> tuple[Learner, 
         with seeded(job.seed):
             body = method.build(store.architecture, widths, lambda: _weights(job))
             learner = _learner(job, body, store.architecture.prefix_tokens).to(device)
-        return learner, CachedSource(store, layers, device, store.lengths(), job.views), store.ids, store.targets
+        return learner, CachedSource(store, layers, device, store.lengths(), job.views), store.ids, store.targets, None
     assert isinstance(method, LiveMethod)
+    from ..cache.configs import without_weights
     from .tasks.load import load_task
 
     backbone = _backbone(job, device)
     task = load_task(job.task, home=home(), limit=job.limit, say=lambda _: None)
+    fake = without_weights(backbone)
     source = LiveSource(backbone, task, views=job.views, view_seed=job.view_seed)
     with seeded(job.seed):
         learner = _learner(job, method.build(backbone), backbone.arch.prefix_tokens).to(device)
-    return learner, source, task.examples.ids, task.examples.targets
+    return learner, source, task.examples.ids, task.examples.targets, fake
 
 
 def _learner(job: Job, body: Body, prefix_tokens: int) -> Learner:
@@ -151,6 +167,7 @@ def _run_fitted(job: Job, method: FittedMethod, split: Split, device_meter: Devi
 
     train = all_views(split.train, examples=store.examples, views=job.views)
     memory = measure_fit(method, part(train), job.num_outputs, device_meter)
+    memory = with_fit_prediction(memory, job, method, part(train)[0])
     begun = time.perf_counter()
     module, chosen = method.fit(part(train), part(split.val), job.num_outputs)
     train_seconds = time.perf_counter() - begun

@@ -121,14 +121,14 @@ def config_backbone(
         preprocess, options = _inputs_of(config, image_size, side, max_length)
         mode = FakeTensorMode()
         with mode:
-            return Backbone(_emptied(module, {}), preprocess, forward_options=options, **family_facts(config))
+            return Backbone(emptied(module, {}), preprocess, forward_options=options, **family_facts(config))
 
 
 def without_weights(backbone: Backbone) -> Backbone:
     """A copy on fake tensors, of a real backbone or of another fake one; the original is left as it is."""
     known: dict[int, Any] = {id(backbone.preprocess): backbone.preprocess}
     with fake_mode(backbone) or FakeTensorMode():
-        return _emptied(backbone, known)
+        return emptied(backbone, known)
 
 
 def fake_mode(backbone: Backbone) -> FakeTensorMode | None:
@@ -137,8 +137,11 @@ def fake_mode(backbone: Backbone) -> FakeTensorMode | None:
     return first.fake_mode if isinstance(first, FakeTensor) else None
 
 
-def _emptied(thing: Any, known: dict[int, Any]) -> Any:
-    """A deep copy whose tensors are fake ones of the same shapes. Ties stay ties; needs a FakeTensorMode to be on."""
+def emptied(thing: Any, known: dict[int, Any]) -> Any:
+    """A deep copy of a backbone or module on fake tensors of the same shapes; `known` (by id) is not copied.
+
+    Ties stay ties; needs a FakeTensorMode to be on.
+    """
     module = thing.module if isinstance(thing, Backbone) else thing
     for tensor in (*module.parameters(), *module.buffers()):
         empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")

@@ -18,10 +18,9 @@ import typer
 from outcomes import write_texts
 from typer.testing import CliRunner
 
-from sidebench.bench import compare as comparing
+from sidebench.bench import choice, worker
 from sidebench.bench import launch as launching
 from sidebench.bench import prepare as preparing
-from sidebench.bench import worker
 from sidebench.cache.errors import SidebenchError
 from sidebench.cli import app
 
@@ -129,7 +128,10 @@ def test_no_words_at_all_show_the_help(bench: Bench) -> None:
         ),
         (["--methods", "unipt", "--set", "unipt.reduction"], ["--set wants METHOD.KEY=VALUE", "'unipt.reduction'"]),
         (["--methods", "unipt", "--set", "reduction=3"], ["--set wants METHOD.KEY=VALUE", "'reduction=3'"]),
-        (["--methods", "unipt", "--set", "lora.rank=3"], ["no compared method in --set 'lora'", "Known: unipt"]),
+        (
+            ["--methods", "unipt", "--set", "lora.rank=3"],
+            ["no method in --set 'lora'", "Known: unipt"],
+        ),
         (["--methods", "unipt", "--seeds", "0,x"], ["--seeds wants whole numbers", "'0,x'"]),
         (["--methods", "unipt", "--seeds", "-1"], ["--seeds wants numbers from 0", "'-1'"]),
         (["--methods", "unipt", "--seeds", str(2**64)], ["--seeds wants numbers from 0"]),
@@ -490,7 +492,7 @@ def test_a_failed_run_is_told_in_the_text_too_and_exits_1(bench: Bench, inputs: 
 def test_a_skipped_method_is_told_in_the_text_too(
     bench: Bench, inputs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparing, "known_methods", lambda: ("linear_probe", "unipt"))
+    monkeypatch.setattr(choice, "known_methods", lambda: ("linear_probe", "unipt"))
     result = bench("compare", *inputs, "--methods", "all", *QUICK, "--set", "unipt.reduction=1000")
     assert result.exit_code == 0, result.output
     assert "unipt is left out: reduction 1000 leaves no side width of 32" in result.stdout

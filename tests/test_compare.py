@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from outcomes import CATEGORIES, write_texts
 
+from sidebench.bench import choice, training, worker
 from sidebench.bench import compare as comparing
 from sidebench.bench import launch as launching
-from sidebench.bench import training, worker
 from sidebench.bench.compare import Outcome, Request, compare, learning_rates
 from sidebench.bench.launch import Listener
 from sidebench.bench.prepare import Inputs
@@ -160,6 +160,14 @@ def test_every_row_has_the_keys_of_the_contract(finished: tuple[Request, Outcome
         missing = {key for key, value in row.items() if value is None}
         does_not_apply = {"error", "shots", "lr", "cache_bytes", "cache_build_seconds"}
         assert missing - does_not_apply <= set(row["unavailable"])
+
+
+def test_on_a_cpu_what_was_predicted_is_what_was_tracked(finished: tuple[Request, Outcome]) -> None:
+    _, outcome = finished
+    trained = [row for row in rows(outcome) if row["memory_by_category"]]
+    assert [row["method"] for row in trained] == ["unipt", "bitfit"]
+    for row in trained:
+        assert row["predicted_peak_bytes"] == row["peak_tracked_bytes"]
 
 
 def test_the_document_is_json_and_names_records_that_exist(finished: tuple[Request, Outcome], tmp_path: Path) -> None:
@@ -431,7 +439,7 @@ def test_auto_tries_equally_many_rates_for_every_method() -> None:
 def test_all_skips_what_this_backbone_refuses_and_says_why(
     place: Path, started: list[Job], request_for: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparing, "known_methods", lambda: ("linear_probe", "unipt"))
+    monkeypatch.setattr(choice, "known_methods", lambda: ("linear_probe", "unipt"))
     outcome = _compare(request_for("all", settings={"unipt": {"reduction": "1000"}} | QUICK), place)
     assert list(outcome.records) == ["linear_probe"]
     assert outcome.skipped == {"unipt": "reduction 1000 leaves no side width of 32"}
@@ -446,7 +454,7 @@ def test_a_refused_method_asked_for_by_name_stops_everything_before_it_runs(
     request_for: Callable[..., Request],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(comparing, "known_methods", lambda: ("linear_probe", "unipt"))
+    monkeypatch.setattr(choice, "known_methods", lambda: ("linear_probe", "unipt"))
     with pytest.raises(SidebenchError, match="unipt cannot run on BertModel: reduction 1000 leaves no side width"):
         _compare(request_for(*methods, settings={"unipt": {"reduction": "1000"}}), place, runs=str(tmp_path / "runs"))
     assert started == []
@@ -461,7 +469,10 @@ def test_a_refused_method_asked_for_by_name_stops_everything_before_it_runs(
         ({"lr": "fast"}, "--lr wants auto, a number, or numbers with commas; found 'fast'"),
         ({"lr": "0.1,-1"}, "--lr wants positive numbers; found '0.1,-1'"),
         ({"lr": "nan"}, "--lr wants positive numbers"),
-        ({"settings": {"unpit": {"reduction": "2"}}}, "no compared method in --set 'unpit'. Did you mean 'unipt'?"),
+        (
+            {"settings": {"unpit": {"reduction": "2"}}},
+            "no method in --set 'unpit'. Did you mean 'unipt'?",
+        ),
         ({"settings": {"unipt": {"reducton": "2"}}}, "no option of unipt 'reducton'. Did you mean 'reduction'?"),
         ({"settings": {"unipt": {"reduction": "two"}}}, "unipt.reduction wants int; found 'two'"),
     ],

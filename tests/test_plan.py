@@ -97,7 +97,7 @@ def test_cpu_semantics_have_no_allocator(planned: Plan) -> None:
         ({"methods": ("unpit",)}, "Did you mean 'unipt'"),
         ({"methods": ()}, "no methods given"),
         ({"settings": {"lora": {"rang": "2"}}}, "rank"),
-        ({"settings": {"vpt": {"prompts": "2"}}}, "planned method"),
+        ({"settings": {"vpt": {"prompts": "2"}}}, "no method in --set"),
         ({"precision": "fp16"}, "precision"),
         ({"semantics": "gpu"}, "semantics"),
         ({"attention": "flesh"}, "flash"),

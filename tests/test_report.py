@@ -152,7 +152,8 @@ def test_a_probe_whose_solver_did_not_converge_at_its_choice_is_told(tmp_path: P
 def test_memory_by_category_leaves_out_a_method_that_has_none(tmp_path: Path) -> None:
     text = _markdown(make_outcome(tmp_path, {"linear_probe": RIGHT}, memory_by_category=None))
     table = _table(text, "## Memory by category at the tracked peak")
-    assert table[0] == ["method", *(f"{name} MiB" for name in CATEGORIES), "sum MiB"]
+    sums = ["sum MiB", 'sum, literature "GB"', "predicted sum MiB"]
+    assert table[0] == ["method", *(f"{name} MiB" for name in CATEGORIES), *sums]
     assert len(table) == 2
 
 
