@@ -150,6 +150,24 @@ def growth(folder: Path) -> None:
     )
 
 
+def checking(folder: Path) -> None:
+    """What verifying each chunk at first touch costs: an epoch of a store just opened, against a later one."""
+    store, _ = stores.make(folder / "checked.zarr", examples=2048, tokens=64, width=768)
+    order = np.random.default_rng(0).permutation(len(store)).astype(np.int64)
+
+    def epoch(opened: ZarrStore) -> None:
+        for start in range(0, len(order), BATCH):
+            opened.read(order[start : start + BATCH], opened.layers)
+
+    found = interleaved(
+        {"first": lambda turn: epoch(ZarrStore(store.folder)), "later": lambda turn: epoch(store)}, rounds=7
+    )
+    show(
+        "an epoch of 201 MB, shuffled",
+        [("first, with checksums / later", f"{found['first'] / found['later']:.2f}", "")],
+    )
+
+
 def resident(folder: Path) -> None:
     """Anonymous resident memory that reading many batches adds, in batches."""
     from sidebench.bench.host_memory import HostMeter
@@ -171,7 +189,7 @@ def main() -> None:
         begun = time.monotonic()
         cores = torch.get_num_threads()
         torch.set_num_threads(1)  # one thread reads; a gather on all cores is no fair limit beside a training thread
-        for benchmark in (reading_dense, reading_ragged, writing, growth, resident):
+        for benchmark in (reading_dense, reading_ragged, writing, growth, checking, resident):
             benchmark(folder)
         lean.side_networks()
         torch.set_num_threads(cores)
