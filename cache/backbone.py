@@ -54,10 +54,6 @@ class _Done(Exception):
 Sink = Callable[[str, Tensor], None]
 
 
-def _on_host(value: Tensor) -> Tensor:
-    return value.to("cpu", copy=True)
-
-
 class Backbone:
     """The frozen network, in eval mode, with named layers. `inputs` come from `preprocess`."""
 
@@ -180,16 +176,14 @@ class Backbone:
                 f"leave it out of --layers. Known: {', '.join(self.layers)}."
             )
 
-    def capture(
-        self, inputs: Inputs, layers: Iterable[str], keep: Callable[[Tensor], Tensor] = _on_host
-    ) -> dict[str, Tensor]:
-        """Activations (B, T, D) of `layers`, no gradients; each goes through `keep` (a copy on the host) as it appears.
+    def capture(self, inputs: Inputs, layers: Iterable[str]) -> dict[str, Tensor]:
+        """Activations (B, T, D) of `layers`, no gradients, each copied to the host as it appears.
 
-        So no two layers of a batch need to wait on the device, and what is not kept never crosses to the host.
+        So no two layers of a batch need to wait on the device.
         """
         kept: dict[str, Tensor] = {}
         with torch.inference_mode():
-            self.run(inputs, layers, lambda layer, value: kept.__setitem__(layer, keep(value)))
+            self.run(inputs, layers, lambda layer, value: kept.__setitem__(layer, value.to("cpu", copy=True)))
         return kept
 
     def tokens(self, inputs: Inputs) -> Tensor:
