@@ -5,7 +5,7 @@ final normalisation, where the family has one over all tokens). Any other dotted
 """
 
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ Norm = Literal["pre", "post"]
 # Where the final normalisation over ALL tokens lives. CLIP's vision tower is left out on purpose: its post_layernorm
 # sees the class token alone, so the last block is the last layer there.
 _FINAL_NORMS = ("layernorm", "norm", "final_layer_norm", "final_layernorm", "ln_f", "encoder.final_layer_norm")
+_STACK_NORMS = ("final_layer_norm", "layer_norm", "norm")  # inside the encoder or the decoder of an encoder-decoder
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,27 @@ class Architecture:
     norm_eps: float = 1e-6
     layer_scale: bool = False
     causal: bool = False  # a token attends to those before it only, so the last real token sums a text up
+    decoder_blocks: int = 0  # of an encoder-decoder, whose `blocks` are the encoder's
+    stages: tuple[tuple[int, int], ...] = ()  # (H, W) of each map `stages.0` … of a convolutional network
 
     @property
     def states(self) -> tuple[str, ...]:
-        """The L = blocks + 1 hidden states of the papers: what enters block 0, then each block's output."""
-        return ("embeddings", *(f"blocks.{i}" for i in range(self.blocks)))
+        """The L = blocks + 1 hidden states of the papers: what enters block 0, then each block's output.
+
+        Of a convolutional network its stage maps, of an encoder-decoder those of the encoder.
+        """
+        return tuple(self.grids) or ("embeddings", *(f"blocks.{i}" for i in range(self.blocks)))
+
+    @property
+    def decoder_states(self) -> tuple[str, ...]:
+        """The same of the decoder, where there is one."""
+        inside = ("embeddings", *(f"blocks.{i}" for i in range(self.decoder_blocks)))
+        return tuple(f"decoder.{state}" for state in inside) if self.decoder_blocks else ()
+
+    @property
+    def grids(self) -> dict[str, tuple[int, int]]:
+        """(H, W) by layer: the T = H W tokens of a stage map, row by row. Empty where tokens lie in no grid."""
+        return {f"stages.{i}": grid for i, grid in enumerate(self.stages)}
 
 
 class _Done(Exception):
@@ -70,19 +87,25 @@ class Backbone:
         causal: bool = False,
         config_facts: Mapping[str, Any] | None = None,
         unloaded: Iterable[str] = (),
+        stages: Sequence[str] = (),
+        stacks: tuple[str, str] | None = None,
     ) -> None:
+        """`stages`: modules that yield the maps of a CNN; `stacks`: encoder and decoder of a network with both."""
         self.module = module.eval().requires_grad_(False)
         self.preprocess = preprocess
         self.forward_options = dict(forward_options or {})
         self.config_facts = dict(config_facts or {})
         self.unloaded = frozenset(unloaded)  # parameters the checkpoint does not hold (an unused pooler)
-        self.blocks_path = find_blocks(module)
-        self._taps = self._find_taps()
+        self.stacks = stacks or ("",)
+        self.blocks_path = None if stages else _blocks_in(module, self.stacks[0])
+        self._taps = {f"stages.{i}": (path, "output") for i, path in enumerate(stages)} or self._find_taps()
         probe = self._probe()
+        stage_grids = self._name_stages(named=bool(stages)) if stages or probe.ndim == 4 else ()
+        probe = _as_tokens(self.final_layer, probe)
         self.arch = Architecture(
             name=name or type(module).__name__,
             modality=preprocess.modality,
-            blocks=len(self.blocks),
+            blocks=len(self.encoder_blocks),
             width=probe.shape[-1],
             prefix_tokens=preprocess.prefix_tokens(probe.shape[1]),
             final_layer=self.final_layer,
@@ -93,6 +116,8 @@ class Backbone:
             norm_eps=_norm_eps(self.blocks),
             layer_scale=any(n.endswith("layer_scale1") for n, _ in module.named_modules()),
             causal=causal,
+            stages=stage_grids,
+            decoder_blocks=len(self.blocks) - len(self.encoder_blocks),
         )
 
     @property
@@ -102,12 +127,31 @@ class Backbone:
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The repeated blocks in order; empty when the network has none."""
+        """The repeated blocks in order, a decoder's behind the encoder's; empty when the network has none."""
+        return [self.module.get_submodule(path) for path in self.block_paths]
+
+    @property
+    def encoder_blocks(self) -> list[nn.Module]:
+        """The blocks before any decoder's: of most backbones all."""
         return list(self.module.get_submodule(self.blocks_path).children()) if self.blocks_path else []
+
+    def dummy(self) -> Inputs:
+        """Inputs of one example, to learn shapes from."""
+        return self.preprocess.dummy(self.device)
+
+    @property
+    def block_paths(self) -> list[str]:
+        """Dotted module path of every block, in the order of `blocks`."""
+        found: list[str] = []
+        for stack in self.stacks if self.blocks_path else ():
+            path = _blocks_in(self.module, stack)
+            assert path is not None
+            found += [f"{path}.{name}" for name, _ in self.module.get_submodule(path).named_children()]
+        return found
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Named layers in forward order: `embeddings`, every block, `norm` where there is one."""
+        """Named layers in forward order: `embeddings`, every block, `norm` where there is one; or every stage."""
         return tuple(self._taps)
 
     @property
@@ -145,6 +189,10 @@ class Backbone:
         Gradients flow when they are enabled; the caller decides. A convolutional map (B, C, H, W) becomes
         (B, H*W, C) and a vector (B, D) becomes (B, 1, D).
         """
+        self._watch(inputs, layers, lambda layer, value: sink(layer, _as_tokens(layer, value)))
+
+    def _watch(self, inputs: Inputs, layers: Iterable[str], sink: Sink) -> None:
+        """`run` with each layer's tensor as the module yields it."""
         pending = dict.fromkeys(layers)
         hooks = []
 
@@ -152,7 +200,7 @@ class Backbone:
             if layer not in pending:
                 return  # a module used twice: the first use is the layer
             del pending[layer]
-            sink(layer, _as_tokens(layer, value))
+            sink(layer, _as_tensor(layer, value))
             if not pending:
                 raise _Done
 
@@ -186,6 +234,28 @@ class Backbone:
             self.run(inputs, layers, lambda layer, value: kept.__setitem__(layer, value.to("cpu", copy=True)))
         return kept
 
+    def shapes(self, layers: Iterable[str]) -> dict[str, tuple[int | None, int]]:
+        """(T, D) of one example per layer; T is None where it follows the length of the text.
+
+        Raises SidebenchError for a layer whose tokens neither follow the text nor stay as many.
+        """
+        wanted, dummy = list(layers), self.dummy()
+        found = {layer: (value.shape[1], value.shape[2]) for layer, value in self.capture(dummy, wanted).items()}
+        if self.arch.modality == "image":
+            return dict(found)
+        length = max(value.shape[1] for value in dummy.values())
+        twice = {name: torch.cat([v, v], 1) if v.shape[1] == length else v for name, v in dummy.items()}
+        shapes: dict[str, tuple[int | None, int]] = {}
+        for layer, value in self.capture(twice, wanted).items():
+            tokens, width = found[layer]
+            if (tokens, value.shape[1]) != (length, 2 * length) and tokens != value.shape[1]:
+                raise SidebenchError(
+                    f"layer {layer} yields {tokens} tokens for a text of {length} and {value.shape[1]} for one of "
+                    f"{2 * length}; leave it out."
+                )
+            shapes[layer] = (None if tokens != value.shape[1] else tokens, width)
+        return shapes
+
     def tokens(self, inputs: Inputs) -> Tensor:
         """The final layer (B, T, D), with gradients where they are enabled: what a live method trains through."""
         kept: list[Tensor] = []
@@ -199,7 +269,7 @@ class Backbone:
         self.module.requires_grad_(True)
         try:
             with torch.enable_grad():
-                out = self.tokens(self.preprocess.dummy(self.device)).sum()
+                out = self.tokens(self.dummy()).sum()
             grads = torch.autograd.grad(out, list(named.values()), allow_unused=True)
         finally:
             for name, parameter in named.items():
@@ -209,19 +279,58 @@ class Backbone:
     def _find_taps(self) -> dict[str, tuple[str, str]]:
         if not self.blocks_path:
             return {}
-        taps = {"embeddings": (f"{self.blocks_path}.0", "input")}
-        for index in range(len(self.blocks)):
-            taps[f"blocks.{index}"] = (f"{self.blocks_path}.{index}", "output")
+        if len(self.stacks) == 1:
+            return self._stack_taps("", _FINAL_NORMS)
+        encoder, decoder = (self._stack_taps(stack, _STACK_NORMS) for stack in self.stacks)
+        if "norm" in encoder:
+            encoder["encoder_norm"] = encoder.pop("norm")
+        last = {"norm": decoder.pop("norm")} if "norm" in decoder else {}
+        return {**encoder, **{f"decoder.{name}": tap for name, tap in decoder.items()}, **last}
+
+    def _stack_taps(self, stack: str, norms: Sequence[str]) -> dict[str, tuple[str, str]]:
+        blocks = _blocks_in(self.module, stack)
+        assert blocks is not None
+        taps = {"embeddings": (f"{blocks}.0", "input")}
+        for name, _ in self.module.get_submodule(blocks).named_children():
+            taps[f"blocks.{name}"] = (f"{blocks}.{name}", "output")
         names = dict(self.module.named_modules())
-        for path in _FINAL_NORMS:
-            if path in names:
-                taps["norm"] = (path, "output")
-                break
+        paths = (f"{stack}.{norm}" if stack else norm for norm in norms)
+        if found := next((path for path in paths if path in names), None):
+            taps["norm"] = (found, "output")
         return taps
 
     def _probe(self) -> Tensor:
-        found = self.capture(self.preprocess.dummy(self.device), [self.final_layer])
-        return found[self.final_layer]
+        """The final layer of one example as its module yields it."""
+        kept: list[Tensor] = []
+        with torch.inference_mode():
+            self._watch(self.dummy(), [self.final_layer], lambda _, value: kept.append(value))
+        return kept[0]
+
+    def _name_stages(self, *, named: bool) -> tuple[tuple[int, int], ...]:
+        """The grids of the stage maps. Blocks whose maps shrink become stages: the last map of each resolution."""
+        shapes: dict[str, torch.Size] = {}
+        with torch.inference_mode():
+            self._watch(self.dummy(), self.layers, lambda layer, value: shapes.__setitem__(layer, value.shape))
+        if flat := [layer for layer in self.layers if len(shapes[layer]) != 4]:
+            if not named:
+                return ()
+            said = ", ".join(f"{self.tap_path(layer)} yields {tuple(shapes[layer])}" for layer in flat)
+            raise SidebenchError(f"a stage is a map (B, C, H, W), and {said}; name other modules.")
+        grids = [(shapes[layer][2], shapes[layer][3]) for layer in self.layers]
+        if named:
+            return tuple(grids)
+        last = dict(zip(grids, self.layers, strict=True))
+        if len(last) == 1 or grids != sorted(grids, reverse=True):
+            return ()
+        self._taps = {f"stages.{i}": self._taps[layer] for i, layer in enumerate(last.values())}
+        self.blocks_path = None
+        return tuple(last)
+
+
+def _blocks_in(module: nn.Module, stack: str) -> str | None:
+    """Path of the blocks of a part of the network ("": of all of it)."""
+    found = find_blocks(module.get_submodule(stack))
+    return f"{stack}.{found}" if stack and found else found
 
 
 def find_blocks(module: nn.Module) -> str | None:
@@ -249,11 +358,15 @@ def _after(layer: str, take: Callable[[str, Any], None]) -> Callable[..., None]:
     return hook
 
 
-def _as_tokens(layer: str, value: Any) -> Tensor:
+def _as_tensor(layer: str, value: Any) -> Tensor:
     while isinstance(value, tuple | list):  # T5's blocks return a tuple whose first tensor is the state
         value = value[0]
     if not isinstance(value, Tensor):
         raise SidebenchError(f"layer {layer} yields {type(value).__name__}, not a tensor; choose another layer.")
+    return value
+
+
+def _as_tokens(layer: str, value: Tensor) -> Tensor:
     if value.ndim == 4:
         return value.flatten(2).mT  # (B, C, H, W) -> (B, H*W, C)
     if value.ndim == 2:

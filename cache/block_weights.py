@@ -31,11 +31,58 @@ class BlockWeights:
 
 @dataclass(frozen=True)
 class BackboneWeights:
-    """Embedding (anything, D), the blocks, and the final norm where there is one."""
+    """Embedding (anything, D), the blocks, and the final norm where there is one.
+
+    importance: squared gradients summed over examples, under the same names, where a method asked for them.
+    """
 
     embedding: Tensor
     blocks: tuple[BlockWeights, ...]
     norm: tuple[Tensor, Tensor | None] | None
+    importance: "BackboneWeights | None" = None
+
+
+@dataclass(frozen=True)
+class BlockModules:
+    """The parts of one transformer block: attention, and an MLP of two layers, or gated: then two read its input."""
+
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    out: nn.Linear
+    mlp_in: tuple[nn.Linear, ...]
+    mlp_out: nn.Linear
+    norm1: nn.Module
+    norm2: nn.Module
+    scales: tuple[nn.Module, nn.Module] | None  # layer scale after attention and after the MLP
+
+    @property
+    def after_attention(self) -> nn.Module:
+        """The module whose output attention adds to the residual stream."""
+        return self.scales[0] if self.scales else self.out
+
+    @property
+    def after_mlp(self) -> nn.Module:
+        """The module whose output the MLP adds to the residual stream."""
+        return self.scales[1] if self.scales else self.mlp_out
+
+
+def block_modules(block: nn.Module) -> BlockModules:
+    """The parts of a block. Raises SidebenchError when it is not one attention and one MLP, each with a norm."""
+    projections = attention_projections(block, ("query", "key", "value"))
+    norms = [m for m in block.modules() if type(m).__name__.endswith("Norm")]
+    others = [m for m in block.modules() if isinstance(m, nn.Linear) and m not in projections.values()]
+    if len(projections) != 3 or len(others) not in (3, 4) or len(norms) != 2:
+        raise SidebenchError(
+            f"{type(block).__name__} is not one attention and one MLP (found {len(projections)} projections, "
+            f"{len(others)} other Linears, {len(norms)} norms), so there is no telling its parts."
+        )
+    scales = [m for path, m in block.named_modules() if path.rsplit(".", 1)[-1].startswith("layer_scale")]
+    query, key, value = projections.values()
+    norm1, norm2 = norms
+    out, *mlp_in, mlp_out = others  # registered in forward order in every family
+    pair = (scales[0], scales[1]) if len(scales) == 2 else None
+    return BlockModules(query, key, value, out, tuple(mlp_in), mlp_out, norm1, norm2, pair)
 
 
 def attention_projections(block: nn.Module, which: Sequence[str] = ("query", "value")) -> dict[str, nn.Linear]:

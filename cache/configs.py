@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from .backbone import Backbone
 from .errors import SidebenchError, unknown
 from .examples import Modality
-from .load import family_facts, one_tower, said, text_length
+from .load import family_facts, one_step, one_tower, said, text_length
 from .preprocess import ImagePreprocess, Inputs, Preprocess
 
 _LARGEST_CONFIG_BYTES = 2**20
@@ -29,8 +29,8 @@ _SMALL = {"hidden_size": 384, "num_attention_heads": 6, "num_hidden_layers": 12}
 _LARGE = {"hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 24, "intermediate_size": 4096}
 _HUGE = {"hidden_size": 1280, "num_attention_heads": 16, "num_hidden_layers": 32, "intermediate_size": 5120}
 _DINOV2 = {"model_type": "dinov2", "patch_size": 14, "image_size": 518}
-_T5_BASE = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
-_T5_LARGE = {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16}
+_T5_BASE = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12, "decoder_start_token_id": 0}
+_T5_LARGE = {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16, "decoder_start_token_id": 0}
 # What differs from the defaults of transformers' configuration classes, as in the config.json of
 # google/vit-*-patch16-224 (huge: patch14-224-in21k), facebook/deit-small-patch16-224 (which is a ViT),
 # facebook/dinov2-*, openai/clip-vit-base-patch32, google-bert/bert-base-uncased, FacebookAI/roberta-base,
@@ -119,9 +119,11 @@ def config_backbone(
             make = getattr(loader, "from_config", None) or loader._from_config  # an Auto class, or one tower's own
             module = make(config, attn_implementation="sdpa")
         preprocess, options = _inputs_of(config, image_size, side, max_length)
+        if tower == "both":
+            preprocess = one_step(preprocess, config)
         mode = FakeTensorMode()
         with mode:
-            return Backbone(emptied(module, {}), preprocess, forward_options=options, **family_facts(config))
+            return Backbone(emptied(module, {}), preprocess, forward_options=options, **family_facts(config, tower))
 
 
 def without_weights(backbone: Backbone) -> Backbone:

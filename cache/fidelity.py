@@ -43,7 +43,8 @@ def examine(planned: Plan) -> Fidelity:
 
     def look(layer: str, value: Tensor) -> None:
         whole = value.to("cpu", torch.float32)
-        kept, kept_mask = planned.reduction.keep(whole, mask)
+        real_tokens = None if layer in planned.fixed else mask
+        kept, kept_mask = planned.reduction.keep(whole, real_tokens)
         real = torch.ones(kept.shape[:2], dtype=torch.bool) if kept_mask is None else kept_mask
         bad = real & ~torch.isfinite(kept).all(-1)
         if bool(bad.any()):  # it would spoil the channels of all examples
@@ -51,8 +52,8 @@ def examine(planned: Plan) -> Fidelity:
         if manifest.form.per_channel:
             channels[layer] = channels_of(kept[real])
         stored = encode(kept, manifest.form, channels.get(layer))
-        back = planned.reduction.restore(stored.float() * real[..., None], mask, whole.shape)
-        every = torch.ones(whole.shape[:2], dtype=torch.bool) if mask is None else mask
+        back = planned.reduction.restore(stored.float() * real[..., None], real_tokens, whole.shape)
+        every = torch.ones(whole.shape[:2], dtype=torch.bool) if real_tokens is None else real_tokens
         lost, size = (back - whole)[every].double().norm(), whole[every].double().norm()
         errors[layer] = float(lost / size) if size > 0 else float(lost)
 

@@ -96,7 +96,7 @@ def _forward(planned: Plan, prepared: Sequence[Tensor], channels: Channels) -> d
         # Reduce, cast and select on the device: fewer bytes cross to the host, and no full copy waits there.
         # Contiguous, as they come back from disk: a sum over tokens in another order may round otherwise, and then a
         # resumed store would differ in a pooled bit.
-        reduced, where = planned.reduction.keep(value, real)
+        reduced, where = planned.reduction.keep(value, None if layer in planned.fixed else real)
         stored = encode(reduced, form, channels.get(layer))
         kept[layer] = (stored if where is None else stored[where]).to(torch.device("cpu"))
 
@@ -109,10 +109,14 @@ def _store(planned: Plan, writer: StoreWriter, kept: Mapping[str, Stored], chann
     """Pool and append a batch. Here and not in a thread: it takes a hundredth of the forward, on all cores."""
     manifest = planned.manifest
     stop = _batch_stop(manifest, start)
-    lengths = None if planned.lengths is None else torch.from_numpy(planned.lengths[start:stop])
-    first_row = start if planned.offsets is None else int(planned.offsets[start])
+    ragged = {spec.layer for spec in manifest.specs if spec.tokens is None}
     prefix_tokens = manifest.seen.prefix_tokens
     for layer, rows in kept.items():
+        lengths, first_row = None, start
+        if layer in ragged:
+            assert planned.lengths is not None
+            assert planned.offsets is not None
+            lengths, first_row = torch.from_numpy(planned.lengths[start:stop]), int(planned.offsets[start])
         with torch.inference_mode():
             pooled = _pool(rows.float(), lengths, prefix_tokens)
         # A sum over tokens is finite only if all of them are, so the small tensor tells of the large one.
@@ -145,10 +149,13 @@ def _pool(rows: Tensor, lengths: Tensor | None, prefix_tokens: int) -> Tensor:
 def _pool_stored(manifest: Manifest, offsets: Offsets, writer: StoreWriter, channels: Channels, start: int) -> None:
     """Pool one canonical batch from the chunks on disk: pooled chunks hold thousands of items and come late."""
     stop = _batch_stop(manifest, start)
-    first, last = (start, stop) if offsets is None else (int(offsets[start]), int(offsets[stop]))
-    lengths = None if offsets is None else torch.from_numpy(np.diff(offsets[start : stop + 1]))
+    ragged = {spec.layer for spec in manifest.specs if spec.tokens is None}
     for path in writer.missing("pooled"):
         layer = path.removeprefix("pooled/")
+        first, last, lengths = start, stop, None
+        if offsets is not None and layer in ragged:
+            first, last = int(offsets[start]), int(offsets[stop])
+            lengths = torch.from_numpy(np.diff(offsets[start : stop + 1]))
         values = writer.stored_rows(f"layers/{layer}", first, last)
         scales = writer.stored_rows(f"scales/{layer}", first, last) if manifest.form.quantised else None
         rows = rows_of(values, scales, manifest.form, channels.get(layer))
@@ -178,7 +185,8 @@ def _not_finite(planned: Plan, layer: str, start: int, channels: Channels) -> Si
     """Run the batch once more, uncast, to say which example and why."""
     inputs, mask = planned.backbone.preprocess.collate(_prepare(planned, start))
     inputs = {name: value.to(planned.backbone.device) for name, value in inputs.items()}
-    value, real = planned.reduction.keep(planned.backbone.capture(inputs, [layer])[layer], mask)
+    whole = planned.backbone.capture(inputs, [layer])[layer]
+    value, real = planned.reduction.keep(whole, None if layer in planned.fixed else mask)
     if real is not None:
         value = value.masked_fill(~real[..., None], 0)
     form = planned.manifest.form

@@ -14,20 +14,23 @@ import torch
 from torch import nn
 
 from .backbone import Backbone, Norm
+from .efficientnet_lite import load_efficientnet
 from .errors import SidebenchError, unknown
-from .preprocess import ImagePreprocess, PlainImageProcessor, TextPreprocess, resized
+from .preprocess import FirstStep, ImagePreprocess, PlainImageProcessor, TextPreprocess, resized
 from .uri import Uri, parse_uri
 
 SCHEMES = {
     "sample": "pretrained weights inside a registry package, pinned by sha256: sample:minilm-l6, sample:dinov2-small",
-    "hf": "a transformers folder or hub id: hf:./my-bert, hf:google/vit-base-patch16-224 (?tower=vision|text)",
+    "hf": "a transformers folder or hub id: hf:./my-bert, hf:google/vit-base-patch16-224 (?tower=vision|text for CLIP; "
+    "T5's encoder, with ?tower=both its decoder too, for one step)",
+    "timm": "a network of the timm library, in the extra sidebench[timm]: timm:resnet18.a1_in1k (?checkpoint=FILE)",
     "imported": "features without a network, from `bench cache import`, for compare: imported:NAME",
     "module": "any torch module from a factory on the path: module:package.file:factory",
     "hf-config": "an architecture without weights, for plan: hf-config:vit-base, hf-config:./folder-or-file.json",
 }
 IMPORTED = "imported:"
 CONFIG_ONLY = "hf-config:"
-_OPTIONS = {"hf": ("tower",), "hf-config": ("tower",)}
+_OPTIONS = {"hf": ("tower",), "hf-config": ("tower",), "timm": ("checkpoint",)}
 MAX_LENGTH = 128  # tokens: enough for sentences, and stated in the digest
 
 # Which families normalise after the residual sum; all others here normalise before it.
@@ -59,13 +62,20 @@ def load_backbone(
         raise SidebenchError(f"{uri} names features; there is no network behind them to load.")
     if parsed.scheme == "module":
         backbone = _from_module(parsed.path, image_size)
+    elif parsed.scheme == "timm":
+        from .timm_models import load_timm
+
+        backbone = load_timm(parsed.path, image_size, parsed.options.get("checkpoint"))
     else:
         folder = parsed.path
         if parsed.scheme == "sample":
             from .samples import fetch
 
             folder = str(fetch(parsed.path, home=home, say=say))
-        backbone = _from_transformers(folder, parsed.options.get("tower"), image_size, max_length)
+        if (parsed.scheme, parsed.path) == ("sample", "efficientnet-lite0"):
+            backbone = load_efficientnet(Path(folder), image_size)
+        else:
+            backbone = _from_transformers(folder, parsed.options.get("tower"), image_size, max_length)
     backbone.module.to(device)
     return backbone
 
@@ -114,13 +124,15 @@ def _from_transformers(folder: str, tower: str | None, image_size: int | None, m
             f"the checkpoint of hf:{folder} lacks {len(needed)} weights of {type(module).__name__}, the first is "
             f"{needed[0]}; they would be random. Is this the right folder?"
         )
-    family = {**family_facts(config), "unloaded": missing}
+    family = {**family_facts(config, tower), "unloaded": missing}
     patch = getattr(config, "patch_size", None)
     if patch is None:
         with _reading(folder, looks_local):
             tokenizer = AutoTokenizer.from_pretrained(source)
         _check_vocabulary(folder, tokenizer, getattr(config, "vocab_size", None))
-        return Backbone(module, TextPreprocess(tokenizer, text_length(config, max_length)), **family)
+        token_types = (getattr(config, "type_vocab_size", None) or 0) > 1  # BERT's two segments; RoBERTa has one
+        texts = TextPreprocess(tokenizer, text_length(config, max_length), token_types)
+        return Backbone(module, one_step(texts, config) if tower == "both" else texts, **family)
     with _reading(folder, looks_local):  # not torchvision: the pixels, and so the store, would depend on its presence
         processor = AutoImageProcessor.from_pretrained(source, backend="pil")
     processor, side = resized(processor, image_size)
@@ -139,9 +151,18 @@ def text_length(config: Any, max_length: int | None) -> int:
     return length
 
 
-def family_facts(config: Any) -> dict[str, Any]:
+def one_step(texts: Any, config: Any) -> FirstStep:
+    """What an encoder-decoder reads: the texts, and the start token. Raises SidebenchError where none is configured."""
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None:
+        raise SidebenchError(f"{config.model_type}'s configuration names no decoder_start_token_id to decode from.")
+    return FirstStep(texts, int(start))
+
+
+def family_facts(config: Any, tower: str | None = None) -> dict[str, Any]:
     """What Backbone is told of a transformers configuration, by the names of its arguments."""
     return {
+        "stacks": ("encoder", "decoder") if tower == "both" else None,
         "norm": _norm_of(config),
         "causal": config.model_type in _CAUSAL,
         "heads": getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None),
@@ -160,9 +181,11 @@ def one_tower(config: Any, tower: str | None, uri: str) -> tuple[Any, Any]:
             raise SidebenchError(f"{uri} has the towers {', '.join(towers)}; say which: {uri}?tower=vision")
         config = getattr(config, f"{tower}_config")
         return config, AutoModel._model_mapping[type(config)]
-    if tower:
-        raise SidebenchError(f"{uri} is one network ({config.model_type}), it has no tower {tower!r}.")
-    return config, AutoModelForTextEncoding if getattr(config, "is_encoder_decoder", False) else AutoModel
+    halves = ("encoder", "both") if getattr(config, "is_encoder_decoder", False) else ()
+    if tower and tower not in halves:
+        known = f"it has {' and '.join(halves)}" if halves else "it is one network"
+        raise SidebenchError(f"{uri} is of type {config.model_type}: {known}, and no tower {tower!r}.")
+    return config, AutoModelForTextEncoding if halves and tower != "both" else AutoModel
 
 
 def _check_vocabulary(folder: str, tokenizer: Any, embedded: int | None) -> None:

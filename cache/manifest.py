@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,6 +21,7 @@ _LAYER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 _LARGEST_MANIFEST_BYTES = 512 * 2**20
 _LARGEST_COUNT = 2**48
 _MOST_BLOCKS = 10_000
+_SAID_WHERE_ANY = ("stages", "decoder_blocks")  # of an architecture: came later, and older stores keep their digest
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,21 @@ class Manifest:
 
     @property
     def ragged(self) -> bool:
-        """Whether examples differ in their number of tokens."""
+        """Whether examples differ in their number of tokens, in some layer."""
         return any(spec.tokens is None for spec in self.specs)
 
     def facts(self) -> dict[str, Any]:
         """Plain JSON of everything that determines the bytes."""
-        return {"format": FORMAT, **asdict(self)}
+        facts = {"format": FORMAT, **asdict(self)}
+        seen = facts["architecture"].items()
+        facts["architecture"] = {name: value for name, value in seen if value or name not in _SAID_WHERE_ANY}
+        return facts
+
+    def only(self, layers: Sequence[str]) -> "Manifest":
+        """The facts of a store that holds no other layers."""
+        specs = tuple(spec for spec in self.specs if spec.layer in layers)
+        ragged = any(spec.tokens is None for spec in specs)
+        return replace(self, specs=specs, rows=self.rows if ragged else self.items)
 
     @property
     def digest(self) -> str:
@@ -201,15 +211,15 @@ def manifest_from_facts(facts: Any) -> Manifest:
     for spec in specs:
         if not _LAYER_NAME.fullmatch(spec.layer) or ".." in spec.layer:
             raise SidebenchError(f"its layer name {spec.layer[:60]!r} could not be a folder of a store.")
-    ragged = {spec.tokens is None for spec in specs}
-    if len(ragged) != 1 or len({spec.layer for spec in specs}) != len(specs):
-        raise SidebenchError("its layers are none, repeated, or partly ragged.")
+    ragged = any(spec.tokens is None for spec in specs)
+    if not specs or len({spec.layer for spec in specs}) != len(specs):
+        raise SidebenchError("its layers are none, or repeated.")
     for name in ("backbone", "preprocessing", "dataset", "forward"):
         if not isinstance(facts[name], dict):
             raise SidebenchError(f"its {name} is no object.")
     examples, rows = _count(facts["dataset"]["examples"], 1), _count(facts["rows"], 1)
     items = examples * (1 + form.views)
-    if rows < items or (rows != items and ragged == {False}):
+    if rows < items or (rows != items and not ragged):
         raise SidebenchError(f"it holds {rows} rows for {items} items.")
     values = {k: v for k, v in facts.items() if k not in ("format", "architecture", "form", "specs", "rows")}
     made = Manifest(architecture=_architecture(facts["architecture"]), form=form, specs=specs, rows=rows, **values)
@@ -240,7 +250,8 @@ def _compare(name: str, wanted: Any, found: Any, lines: list[str]) -> None:
 
 
 def _architecture(values: Any) -> Architecture:
-    made = Architecture(**values)
+    stages = tuple((_count(height, 1), _count(width, 1)) for height, width in values.get("stages", ()))
+    made = Architecture(**{**values, "stages": stages})
     optional_counts = [value for value in (made.heads, made.mlp_width) if value is not None]
     for value in (made.width, made.prefix_tokens, *optional_counts):
         _count(value)
@@ -251,7 +262,8 @@ def _architecture(values: Any) -> Architecture:
         and made.norm in (None, *get_args(Norm))
         and isinstance(made.norm_eps, float | int)
         and isinstance(made.layer_scale, bool)
-        and _count(made.blocks) <= _MOST_BLOCKS
+        and max(_count(made.blocks), _count(made.decoder_blocks)) <= _MOST_BLOCKS
+        and len(stages) <= _MOST_BLOCKS
     ):
         raise SidebenchError("its architecture describes no backbone.")
     return made

@@ -14,7 +14,7 @@ from .backbone import Architecture
 from .encode import Stored
 from .errors import SidebenchError, unknown
 from .quantise import Quantised
-from .store import Activations, Index, Store, check_index, require_layers
+from .store import Activations, Index, Store, activations, check_index, require_layers
 from .zarr_store import ZarrStore
 
 Tier = Literal["auto", "disk", "ram", "device"]
@@ -24,7 +24,7 @@ _DEVICE_SHARE = 0.25  # of what is free on the device: the method needs the rest
 
 
 class MemoryStore(Store):
-    """Activations in memory: per layer (N, T, D), or with `offsets` (N + 1,) the real tokens of all items (R, D)."""
+    """Activations in memory: per layer (N, T, D), or the real tokens of all items (R, D), cut by `offsets` (N + 1,)."""
 
     def __init__(self, architecture: Architecture, layers: Mapping[str, Stored], offsets: Index | None = None) -> None:
         self.architecture = architecture
@@ -45,15 +45,20 @@ class MemoryStore(Store):
         """See Store; the batch is where the store is."""
         check_index(index, len(self))
         require_layers(self.layers, layers)
-        if self._offsets is None:
-            rows = torch.from_numpy(index)
-            mask = torch.ones((len(index), self._held[layers[0]].shape[1]), dtype=torch.bool)
-            return Activations({layer: _taken(self._held[layer], rows) for layer in layers}, mask)
+        final, items = self.architecture.final_layer, torch.from_numpy(index)
+        ragged = {layer for layer in layers if len(self._held[layer].shape) == 2}
+        dense = {layer: _taken(self._held[layer], items) for layer in layers if layer not in ragged}
+        if self._offsets is None or not ragged:
+            return activations(dense, final)
         starts, lengths = self._offsets[index], np.diff(self._offsets)[index]
         within = np.arange(int(lengths.max()))  # (T,)
-        mask = torch.from_numpy(within < lengths[:, None])  # (B, T)
+        real = torch.from_numpy(within < lengths[:, None])  # (B, T)
         rows = torch.from_numpy(starts[:, None] + np.minimum(within, lengths[:, None] - 1))
-        return Activations({layer: _blanked(_taken(self._held[layer], rows), mask) for layer in layers}, mask)
+        found = {
+            layer: _blanked(_taken(self._held[layer], rows), real) if layer in ragged else dense[layer]
+            for layer in layers
+        }
+        return activations(found, final, real, ragged)
 
 
 def _taken(held: Stored, rows: Tensor) -> Stored:

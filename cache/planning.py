@@ -1,11 +1,9 @@
 """Determine every fact of a store before the first forward: layers, shapes, hashes, digest."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -60,6 +58,7 @@ class Plan:
     examples: Examples
     manifest: Manifest
     reduction: Reduction
+    fixed: frozenset[str]  # layers of a text that have the same number of tokens whatever its length
     lengths: NDArray[np.int64] | None  # kept tokens of every item of a ragged store
     prepared: list[Tensor] | None  # token ids of every item of a text task; images are prepared batch by batch
 
@@ -92,13 +91,11 @@ def plan(backbone: Backbone, examples: Examples, options: CaptureOptions, *, lim
             name = examples.ids[int(tokens.argmin()) % len(examples)]
             raise SidebenchError(f"the text of example {name!r} holds no token; give it a word or take it out.")
         lengths = reduction.lengths(tokens)
-    shapes = {name: t.shape for name, t in backbone.capture(backbone.preprocess.dummy(backbone.device), layers).items()}
-    if prepared is not None:
-        _check_text_layers(shapes)
-    specs = tuple(
-        ActivationSpec(layer, *reduction.shape(None if prepared is not None else shapes[layer][1], shapes[layer][2]))
-        for layer in layers
-    )
+    shapes = backbone.shapes(layers)
+    specs = tuple(ActivationSpec(layer, *reduction.shape(*shapes[layer])) for layer in layers)
+    fixed = frozenset(layer for layer, (tokens_of_it, _) in shapes.items() if tokens_of_it is not None)
+    if all(spec.tokens is not None for spec in specs):
+        lengths = None
     kept = limit if limit == len(examples) else None  # a limit beyond the data dropped nothing and is no fact
     manifest = Manifest(
         architecture=backbone.arch,
@@ -114,7 +111,7 @@ def plan(backbone: Backbone, examples: Examples, options: CaptureOptions, *, lim
         rows=int(lengths.sum()) if lengths is not None else len(examples) * (1 + form.views),
     )
     _check_compressible(manifest)
-    return Plan(backbone, examples, manifest, reduction, lengths, prepared)
+    return Plan(backbone, examples, manifest, reduction, fixed, lengths, prepared)
 
 
 def _check_compressible(manifest: Manifest) -> None:
@@ -124,13 +121,6 @@ def _check_compressible(manifest: Manifest) -> None:
                 f"--compression takes chunks of 2 GiB, and {layout.chunk_rows} rows of {path} are "
                 f"{layout.chunk_bytes:,} bytes; leave it out, or keep fewer tokens (--tokens)."
             )
-
-
-def _check_text_layers(shapes: Mapping[str, torch.Size]) -> None:
-    tokens = max(shape[1] for shape in shapes.values())
-    for layer, shape in shapes.items():
-        if shape[1] != tokens:
-            raise SidebenchError(f"layer {layer} yields {shape[1]} tokens for a text of {tokens}; leave it out.")
 
 
 def _attention(backbone: Backbone) -> str:

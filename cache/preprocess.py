@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import SidebenchError
-from .examples import Modality
+from .examples import Modality, Text
 
 Inputs = dict[str, Tensor]
 """Keyword arguments of the backbone's forward."""
@@ -25,7 +25,7 @@ class Preprocess(Protocol):
         ...
 
     def prepare(self, raw: Sequence[Any]) -> list[Tensor]:
-        """One tensor per example: (T,) token ids, or (3, H, W) pixels."""
+        """One tensor per example: (T,) token ids; (T, 2) ids and types of a pair's tokens; or (3, H, W) pixels."""
         ...
 
     def collate(self, prepared: Sequence[Tensor]) -> tuple[Inputs, Tensor | None]:
@@ -50,7 +50,8 @@ class TextPreprocess:
 
     modality: Modality = "text"
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, tokenizer: Any, max_length: int, token_types: bool = False) -> None:
+        """`token_types`: the backbone is told which of a pair's texts a token is of."""
         special = int(tokenizer.num_special_tokens_to_add())
         if max_length <= special:
             raise SidebenchError(
@@ -58,6 +59,7 @@ class TextPreprocess:
             )
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.token_types = token_types
         self.pad_id = int(tokenizer.pad_token_id or 0)
         self._sha256 = _tokenizer_sha256(tokenizer)
 
@@ -65,20 +67,43 @@ class TextPreprocess:
         """See Preprocess."""
         return {"kind": "text", "tokenizer_sha256": self._sha256, "max_length": self.max_length}
 
-    def prepare(self, raw: Sequence[str]) -> list[Tensor]:
-        """See Preprocess."""
+    def prepare(self, raw: Sequence[Text]) -> list[Tensor]:
+        """See Preprocess. Of a pair that is too long the longer text is cut first."""
+        if raw and isinstance(raw[0], tuple):
+            return self._prepare_pairs([text for text in raw if isinstance(text, tuple)])
         encoded = self.tokenizer(list(raw), truncation=True, max_length=self.max_length)["input_ids"]
         return [torch.tensor(ids, dtype=torch.long) for ids in encoded]
+
+    def _prepare_pairs(self, raw: Sequence[tuple[str, str]]) -> list[Tensor]:
+        special = int(self.tokenizer.num_special_tokens_to_add(pair=True))
+        if self.max_length < special + 2:
+            raise SidebenchError(
+                f"--max-length {self.max_length} leaves no room for a word of each text of a pair: this tokenizer adds "
+                f"{special} tokens of its own."
+            )
+        first, second = ([pair[side] for pair in raw] for side in (0, 1))
+        # Asked for in so many words, so that the tokenizer's own habit is no further fact of the cache.
+        encoded = self.tokenizer(
+            first, second, truncation=True, max_length=self.max_length, return_token_type_ids=self.token_types
+        )
+        if not self.token_types:
+            return [torch.tensor(ids, dtype=torch.long) for ids in encoded["input_ids"]]
+        both = zip(encoded["input_ids"], encoded["token_type_ids"], strict=True)
+        return [torch.tensor([ids, types], dtype=torch.long).T.contiguous() for ids, types in both]
 
     def collate(self, prepared: Sequence[Tensor]) -> tuple[Inputs, Tensor | None]:
         """See Preprocess."""
         longest = max(len(ids) for ids in prepared)
         ids = torch.full((len(prepared), longest), self.pad_id)
         mask = torch.zeros((len(prepared), longest), dtype=torch.bool)
+        types = torch.zeros_like(ids)
         for row, example in enumerate(prepared):
-            ids[row, : len(example)] = example
+            ids[row, : len(example)] = example if example.ndim == 1 else example[:, 0]
             mask[row, : len(example)] = True
-        return {"input_ids": ids, "attention_mask": mask.long()}, mask
+            if example.ndim == 2:
+                types[row, : len(example)] = example[:, 1]
+        inputs = {"input_ids": ids, "attention_mask": mask.long()}
+        return inputs if prepared[0].ndim == 1 else {**inputs, "token_type_ids": types}, mask
 
     def dummy(self, device: torch.device) -> Inputs:
         """See Preprocess."""
@@ -94,6 +119,47 @@ class TextPreprocess:
         return frozenset(int(i) for i in self.tokenizer.all_special_ids)
 
 
+class FirstStep:
+    """Texts of an encoder-decoder that decodes one step: from its start token, which is the same for every example."""
+
+    modality: Modality = "text"
+
+    def __init__(self, texts: Any, start: int) -> None:
+        self.texts = texts
+        self.max_length: int = texts.max_length
+        self.start = start
+
+    def facts(self) -> dict[str, Any]:
+        """See Preprocess."""
+        return {**self.texts.facts(), "decoder_start": self.start}
+
+    def prepare(self, raw: Sequence[Text]) -> list[Tensor]:
+        """See Preprocess."""
+        prepared: list[Tensor] = self.texts.prepare(raw)
+        return prepared
+
+    def collate(self, prepared: Sequence[Tensor]) -> tuple[Inputs, Tensor | None]:
+        """See Preprocess."""
+        inputs, mask = self.texts.collate(prepared)
+        return self._started(inputs), mask
+
+    def dummy(self, device: torch.device) -> Inputs:
+        """See Preprocess."""
+        return self._started(self.texts.dummy(device))
+
+    def prefix_tokens(self, tokens: int) -> int:
+        """See Preprocess."""
+        return 0
+
+    def special_ids(self) -> frozenset[int]:
+        """See Preprocess."""
+        special: frozenset[int] = self.texts.special_ids()
+        return special
+
+    def _started(self, inputs: Inputs) -> Inputs:
+        return {**inputs, "decoder_input_ids": torch.full_like(inputs["input_ids"][:, :1], self.start)}
+
+
 class ImagePreprocess:
     """Pixels through a transformers image processor (or any callable with `to_dict`), all of one size."""
 
@@ -105,7 +171,7 @@ class ImagePreprocess:
         if patch_size and image_size % patch_size:
             lower = max(image_size // patch_size, 1) * patch_size
             raise SidebenchError(
-                f"--image-size {image_size} is no multiple of this backbone's patch size {patch_size}; "
+                f"--image-size {image_size} is no multiple of this backbone's stride or patch size {patch_size}; "
                 f"use {lower} or {lower + patch_size}."
             )
         self.processor = processor
@@ -144,13 +210,17 @@ class ImagePreprocess:
 
 
 class PlainImageProcessor:
-    """Resize to a square, scale to 0-1, normalise with ImageNet's mean and deviation: for `module:` backbones."""
+    """Resize to a square, scale to 0-1, normalise: with ImageNet's mean and deviation unless told otherwise."""
 
-    mean = (0.485, 0.456, 0.406)
-    std = (0.229, 0.224, 0.225)
-
-    def __init__(self, image_size: int) -> None:
+    def __init__(
+        self,
+        image_size: int,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+    ) -> None:
         self.image_size = image_size
+        self.mean = tuple(mean)
+        self.std = tuple(std)
 
     def to_dict(self) -> dict[str, Any]:
         """The facts of this processing."""

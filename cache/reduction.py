@@ -89,7 +89,8 @@ class Summary(Reduction):
     def seen(self) -> Architecture:
         """Both: the summary token is a prefix, so that a mean over what is kept is the mean."""
         prefix = 1 if self.cls and (self.mean or self.arch.prefix_tokens) else 0
-        return replace(self.arch, prefix_tokens=prefix, causal=self.arch.causal and not self.mean)
+        causal = self.arch.causal and not self.mean
+        return replace(self.arch, prefix_tokens=prefix, causal=causal, stages=((1, 1),) * len(self.arch.stages))
 
     def shape(self, tokens: int | None, width: int) -> tuple[int | None, int]:
         """See Reduction."""
@@ -130,6 +131,11 @@ class Grid(Reduction):
     """The prefix tokens, and the patches averaged to a grid of `side` x `side`."""
 
     side: int = 1
+
+    @property
+    def seen(self) -> Architecture:
+        """See Reduction."""
+        return replace(self.arch, stages=((self.side, self.side),) * len(self.arch.stages))
 
     def shape(self, tokens: int | None, width: int) -> tuple[int | None, int]:
         """See Reduction."""
@@ -222,6 +228,8 @@ def reduction_of(tokens: str, arch: Architecture, seed: int | None) -> Reduction
     kind, count = matched[1], int(matched[2])
     if kind == "grid" and arch.modality != "image":
         raise SidebenchError(f"--tokens {tokens} is for images; {arch.name} reads text. Type first:N or mean.")
+    if kind == "first" and arch.stages:
+        raise SidebenchError(f"--tokens {tokens}: the first tokens of a map are its upper edge; type mean or grid:4.")
     if kind == "grid":
         return Grid(arch, count)
     return First(arch, count) if kind == "first" else Projection(arch, count, seed or 0)

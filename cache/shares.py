@@ -29,9 +29,8 @@ def batches_for(manifest: Manifest, chunks: Chunks, offsets: Offsets) -> list[in
     size, layouts = batch_size(manifest), manifest.arrays()
     found: set[int] = set()
     for path, numbers in chunks.items():
-        ragged = None if path.startswith("pooled/") else offsets
         for chunk in numbers:
-            first, last = _examples_in(layouts[path], chunk, ragged)
+            first, last = _examples_in(layouts[path], chunk, offsets)
             found.update(range(first // size * size, last + 1, size))
     return sorted(found)
 
@@ -63,6 +62,6 @@ def _examples_in(layout: ArrayLayout, chunk: int, offsets: Offsets) -> tuple[int
     """The first and the last example with a row in this chunk."""
     first = chunk * layout.chunk_rows
     last = min(first + layout.chunk_rows, layout.shape[0]) - 1
-    if offsets is None:
+    if offsets is None or layout.axes[0] != "token":
         return first, last
     return int(np.searchsorted(offsets, first, "right")) - 1, int(np.searchsorted(offsets, last, "right")) - 1

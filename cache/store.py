@@ -2,8 +2,8 @@
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,15 +19,43 @@ Index = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Activations:
-    """A batch: per layer (B, T, D) as stored, padded with zeros on the right; mask (B, T) of real tokens."""
+    """A batch: per layer (B, T, D) as stored, padded with zeros on the right; mask (B, T) of real tokens.
+
+    The mask is the final layer's, or where that was not read the last one's; `masks` holds those of layers with other
+    tokens.
+    """
 
     layers: Mapping[str, Stored]
     mask: Tensor
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def mask_of(self, layer: str) -> Tensor:
+        """(B, T) real tokens of a layer."""
+        return self.masks.get(layer, self.mask)
 
     def to(self, device: torch.device) -> "Activations":
         """The same batch on another device."""
         moved = {name: value.to(device, non_blocking=True) for name, value in self.layers.items()}
-        return Activations(moved, self.mask.to(device, non_blocking=True))
+        once = {id(mask): mask.to(device, non_blocking=True) for mask in (self.mask, *self.masks.values())}
+        return Activations(moved, once[id(self.mask)], {name: once[id(mask)] for name, mask in self.masks.items()})
+
+
+def activations(
+    layers: Mapping[str, Stored], final_layer: str, real: Tensor | None = None, ragged: Container[str] = ()
+) -> Activations:
+    """A batch with its masks: `real` (B, T) for the `ragged` layers, every token for the others."""
+    every: dict[int, Tensor] = {}  # one mask for all layers of a length
+    masks: dict[str, Tensor] = {}
+    for layer, value in layers.items():
+        if real is not None and layer in ragged:
+            masks[layer] = real
+            continue
+        examples, tokens = value.shape[:2]
+        if tokens not in every:
+            every[tokens] = torch.ones((examples, tokens), dtype=torch.bool)
+        masks[layer] = every[tokens]
+    mask = masks[final_layer if final_layer in masks else list(masks)[-1]]
+    return Activations(layers, mask, {layer: other for layer, other in masks.items() if other is not mask})
 
 
 class Store(ABC):
@@ -55,11 +83,12 @@ class Store(ABC):
 class LiveStore(Store):
     """Activations computed on the spot by the frozen backbone: what a cache must equal and beat."""
 
-    def __init__(self, backbone: Backbone, prepared: Sequence[Tensor]) -> None:
+    def __init__(self, backbone: Backbone, prepared: Sequence[Tensor], layers: tuple[str, ...] | None = None) -> None:
         self.architecture = backbone.arch
-        self.layers = backbone.layers
+        self.layers = layers or backbone.layers
         self._backbone = backbone
         self._prepared = prepared
+        self._ragged = {layer for layer, (tokens, _) in backbone.shapes(self.layers).items() if tokens is None}
         self._one_forward = threading.Lock()  # the hooks of two forwards of one module would catch each other's layers
 
     def __len__(self) -> int:
@@ -74,10 +103,9 @@ class LiveStore(Store):
         with self._one_forward:
             captured = self._backbone.capture(inputs, layers)
         kept = {name: captured[name].clone() for name in layers}
-        if mask is None:
-            first = next(iter(kept.values()))
-            return Activations(kept, torch.ones(first.shape[:2], dtype=torch.bool))
-        return Activations({name: value * mask[..., None] for name, value in kept.items()}, mask)
+        if mask is not None:
+            kept = {name: value * mask[..., None] if name in self._ragged else value for name, value in kept.items()}
+        return activations(kept, self.architecture.final_layer, mask, self._ragged)
 
 
 def check_index(index: Index, items: int) -> None:

@@ -41,8 +41,8 @@ def prepare_items(preprocess: Preprocess, examples: Examples, items: Sequence[in
 
 
 def text_view(ids: Tensor, special: frozenset[int], draw: np.random.Generator) -> Tensor:
-    """Token ids without those dropped; special tokens stay, and so does at least one word."""
-    words = np.array([int(i) not in special for i in ids])
+    """Token ids (T,), or (T, 2) with types, without those dropped; special tokens stay, and at least one word does."""
+    words = np.array([int(i) not in special for i in (ids if ids.ndim == 1 else ids[:, 0])])
     dropped = words & (draw.random(len(ids)) < TOKEN_DROPOUT)
     if words.any() and (dropped == words).all():
         dropped[draw.choice(np.flatnonzero(words))] = False

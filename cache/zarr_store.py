@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from .errors import SidebenchError
 from .layout import CHECKSUM_BYTES, checksum, trailer
 from .manifest import StoredObject, read_manifest
 from .quantise import Quantised
-from .store import Activations, Index, Store, check_index, require_layers
+from .store import Activations, Index, Store, activations, check_index, require_layers
 
 _OPEN_MAPS = 512  # one map per chunk of a large store would pass the kernel's limit
 _DECODED_BYTES = 2**28  # decompressed chunks that are kept; whoever needs more loads the store into RAM
@@ -78,9 +79,9 @@ class ZarrStore(Store):
         return tuple(str(i) for i in ids)
 
     def lengths(self) -> NDArray[np.int64]:
-        """(items,) tokens per item."""
+        """(items,) tokens per item: of a dense store those of its last layer."""
         if self._offsets is None:
-            return np.full(len(self), self.manifest.specs[0].tokens, dtype=np.int64)
+            return np.full(len(self), self.manifest.specs[-1].tokens, dtype=np.int64)
         return np.diff(self._offsets)
 
     def pooled(self, layer: str) -> Tensor:
@@ -92,20 +93,26 @@ class ZarrStore(Store):
         """See Store."""
         check_index(index, len(self))
         require_layers(self.layers, layers)
-        if self._offsets is None:
-            found = {layer: self._stored(layer, lambda path: self._gather(path, index)) for layer in layers}
-            tokens = next(iter(found.values())).shape[1]
-            return Activations(found, torch.ones((len(index), tokens), dtype=torch.bool))
-        starts, lengths = self._offsets[index], np.diff(self._offsets)[index]
-        found = {
-            layer: self._stored(layer, lambda path: self._gather_ragged(path, starts, lengths)) for layer in layers
-        }
-        return Activations(found, torch.arange(int(lengths.max())) < torch.from_numpy(lengths)[:, None])
+        dense = [layer for layer in layers if layer not in self.ragged_layers]
+        found = {layer: self._stored(layer, lambda path: self._gather(path, index)) for layer in dense}
+        real = None
+        if self._offsets is not None and len(dense) < len(layers):
+            starts, lengths = self._offsets[index], np.diff(self._offsets)[index]
+            real = torch.arange(int(lengths.max())) < torch.from_numpy(lengths)[:, None]
+            for layer in (layer for layer in layers if layer in self.ragged_layers):
+                found[layer] = self._stored(layer, lambda path: self._gather_ragged(path, starts, lengths))
+        ordered = {layer: found[layer] for layer in layers}
+        return activations(ordered, self.architecture.final_layer, real, self.ragged_layers)
 
     @property
     def offsets(self) -> Index | None:
-        """(items + 1,) first row of every item of a ragged store; None where a row is an item."""
+        """(items + 1,) first row of every item of ragged layers; None where a row is an item in every layer."""
         return self._offsets
+
+    @cached_property
+    def ragged_layers(self) -> frozenset[str]:
+        """The layers whose items differ in their number of tokens."""
+        return frozenset(spec.layer for spec in self.manifest.specs if spec.tokens is None)
 
     def whole(self, layer: str) -> Stored:
         """Everything a layer holds: (items, T, D), or ragged (rows, D)."""

@@ -21,12 +21,13 @@ settings.load_profile("suite")
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds one saved model per family: bert, vit, dinov2, clip."""
+    """A folder that holds one saved model per family: bert, vit, dinov2, clip, t5."""
     folder = tmp_path_factory.mktemp("models")
     toys.save_bert(folder / "bert")
     toys.save_vit(folder / "vit")
     toys.save_dinov2(folder / "dinov2")
     toys.save_clip(folder / "clip")
+    toys.save_t5(folder / "t5")
     return folder
 
 
@@ -53,6 +54,12 @@ def tiny_clip_vision(models: Path) -> Backbone:
 @pytest.fixture(scope="session")
 def tiny_clip_text(models: Path) -> Backbone:
     return toys.load(models / "clip", tower="text")
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(models: Path) -> Backbone:
+    """An encoder with its decoder."""
+    return toys.load(models / "t5", tower="both")
 
 
 @pytest.fixture(scope="session")

@@ -106,6 +106,15 @@ def save_clip(folder: Path) -> Path:
     return _save(folder, CLIPModel, config, tokenizer(), image_processor("CLIP"))
 
 
+def save_t5(folder: Path, **changes: Any) -> Path:
+    from transformers import T5Config, T5Model
+
+    sizes = {"d_model": WIDTH, "d_kv": WIDTH // HEADS, "d_ff": MLP, "num_heads": HEADS}
+    depths = {"num_layers": 3, "num_decoder_layers": 2}
+    options = {"vocab_size": 4 + len(WORDS), "decoder_start_token_id": 0, **sizes, **depths}
+    return _save(folder, T5Model, T5Config(**{**options, **changes}), tokenizer())
+
+
 def tokenizer() -> Any:
     """One id per word: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, then WORDS."""
     from tokenizers import Tokenizer
@@ -117,7 +126,9 @@ def tokenizer() -> Any:
     special = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}
     made = Tokenizer(WordLevel({**special, **{word: 4 + i for i, word in enumerate(WORDS)}}, unk_token="[UNK]"))
     made.pre_tokenizer = Whitespace()
-    made.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    made.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     return PreTrainedTokenizerFast(tokenizer_object=made, **names)
 
