@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..cache.errors import SidebenchError
 from ..cache.manifest import canonical_json
+from .tasks.score import ACCURACY
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,18 @@ class Job:
     tier: str = "auto"  # where the cache is read from; see cache.memory_store
     views: int = 0
     view_seed: int | None = None
+    score: str = ACCURACY
+    values: Sequence[float] = ()  # of a regression: the number that each class index stands for
 
     @property
     def digest(self) -> str:
         """Names the run's files; the folder of the store is left out, its digest is in `data`."""
         facts = {key: value for key, value in asdict(self).items() if key != "store"}
         return hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:12]
+
+    def targets(self, classes: NDArray[np.int64]) -> NDArray[Any]:
+        """What the outputs are to be for these class indices: the same, or the numbers (float32) of a regression."""
+        return np.array(self.values, dtype=np.float32)[classes] if self.values else classes
 
     @property
     def stem(self) -> str:
@@ -136,15 +143,13 @@ def read_record(path: Path) -> RunRecord:
         raise SidebenchError(f"{path} is no run record: {type(error).__name__}: {error}") from None
 
 
-def write_predictions(
-    path: Path, ids: tuple[str, ...], logits: NDArray[np.float32], targets: NDArray[np.int64]
-) -> None:
-    """Keep ids, logits (N, K) and targets of the test part as npz without pickle."""
+def write_predictions(path: Path, ids: tuple[str, ...], logits: NDArray[np.float32], targets: NDArray[Any]) -> None:
+    """Keep ids, logits (N, K) and targets (classes, or numbers) of the test part as npz without pickle."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, ids=np.array(ids, dtype=np.str_), logits=logits, targets=targets)
 
 
-def read_predictions(path: Path) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def read_predictions(path: Path) -> tuple[NDArray[np.float32], NDArray[Any]]:
     """Logits (N, K) and targets (N,) of a run's test part. Raises SidebenchError when the file is not readable."""
     try:
         with np.load(path, allow_pickle=False) as found:

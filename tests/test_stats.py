@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
-from sidebench.bench.stats import bootstrap_interval, holm, paired_test, t_interval, verdict_of
+from sidebench.bench.stats import (
+    bootstrap_interval,
+    bootstrap_score,
+    holm,
+    paired_score_test,
+    paired_test,
+    t_interval,
+    verdict_of,
+)
+from sidebench.bench.tasks.score import ACCURACY, ACCURACY_AND_F1, CORRELATIONS, MATTHEWS, score_named
 from sidebench.cache.errors import SidebenchError
 
 scores = st.lists(st.floats(0, 1, allow_nan=False, width=32), min_size=2, max_size=12)
@@ -204,3 +213,89 @@ def test_p_values_outside_their_range_are_refused() -> None:
 )
 def test_the_verdict_needs_a_p_value_below_the_level(difference: float, p_value: float, verdict: str) -> None:
     assert verdict_of(difference, p_value) == verdict
+
+
+# Scores that are no mean over examples
+
+
+def _predictions(examples: int, seed: int, right: tuple[float, float] = (0.8, 0.8)) -> tuple[NDArray[np.float64], ...]:
+    """Two methods of two seeds, right as often as said, and the targets."""
+    rng = np.random.default_rng(seed)
+    targets = (rng.random(examples) < 0.6).astype(float)
+    methods = [np.where(rng.random((2, examples)) < share, targets, 1 - targets) for share in right]
+    return methods[0], methods[1], targets
+
+
+def _scored(predicted: NDArray[np.float64], targets: NDArray[np.float64], name: str = MATTHEWS) -> float:
+    once = np.ones((1, len(targets)))
+    return float(np.mean([score_named(name).weighted(one, targets, once)[0] for one in predicted]))
+
+
+def test_the_bootstrap_of_a_score_agrees_with_one_that_draws_examples() -> None:
+    a, _, targets = _predictions(80, seed=0)
+    rng = np.random.default_rng(9)
+    draws = [rng.integers(0, 80, 80) for _ in range(2000)]
+    expected = np.quantile([_scored(a[:, drawn], targets[drawn]) for drawn in draws], [0.025, 0.975])
+    assert bootstrap_score(score_named(MATTHEWS).weighted, a, targets, 0) == pytest.approx(expected, abs=0.02)
+
+
+def test_the_bootstrap_of_accuracy_as_a_score_is_that_of_its_mean() -> None:
+    a, _, targets = _predictions(200, seed=1)
+    expected = bootstrap_interval((a == targets).mean(0), 0)
+    assert bootstrap_score(score_named(ACCURACY).weighted, a, targets, 0) == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize("name", [MATTHEWS, ACCURACY_AND_F1, CORRELATIONS])
+def test_the_p_value_of_a_score_is_that_of_all_swaps(name: str) -> None:
+    a, b, targets = _predictions(10, seed=3, right=(0.9, 0.5))
+    observed = abs(_scored(a, targets, name) - _scored(b, targets, name))
+    reached = 0
+    for pattern in range(2**10):
+        swap = np.array([pattern >> bit & 1 for bit in range(10)], dtype=bool)
+        one, other = np.where(swap, b, a), np.where(swap, a, b)
+        reached += abs(_scored(one, targets, name) - _scored(other, targets, name)) >= observed - 1e-12
+    found = paired_score_test(score_named(name).weighted, a, b, targets, 0)
+    assert found.p_value == pytest.approx(reached / 2**10, abs=0.02)
+    assert found.difference == pytest.approx(_scored(a, targets, name) - _scored(b, targets, name))
+
+
+def test_swapping_tests_accuracy_as_flipping_signs_does() -> None:
+    a, b, targets = _predictions(60, seed=4, right=(0.9, 0.8))
+    flips = paired_test(a == targets, b == targets, 0)
+    swaps = paired_score_test(score_named(ACCURACY).weighted, a, b, targets, 0)
+    assert swaps.difference == pytest.approx(flips.difference)
+    assert swaps.p_value == pytest.approx(flips.p_value, abs=0.02)
+    assert swaps.interval == pytest.approx(flips.interval, abs=0.02)
+
+
+@pytest.mark.parametrize("name", [MATTHEWS, ACCURACY_AND_F1])
+def test_under_the_null_few_scores_are_called_different(name: str) -> None:
+    p_values = []
+    for seed in range(200):
+        a, b, targets = _predictions(60, seed=100 + seed)
+        p_values.append(paired_score_test(score_named(name).weighted, a, b, targets, 0, draws=300).p_value)
+    assert np.mean(np.array(p_values) < 0.05) < 0.09
+    assert np.mean(np.array(p_values) < 0.5) == pytest.approx(0.5, abs=0.12)
+
+
+def test_numbers_are_drawn_one_by_one() -> None:
+    rng = np.random.default_rng(5)
+    targets = rng.random(300)
+    good, bad = targets + rng.normal(0, 0.1, (2, 300)), targets + rng.normal(0, 1.0, (2, 300))
+    found = paired_score_test(score_named(CORRELATIONS).weighted, good, bad, targets, 0, draws=500)
+    assert (found.verdict, found.p_value) == ("beats", 1 / 501)
+    assert 0 < found.interval[0] < found.difference < found.interval[1] < 1
+
+
+def test_the_same_predictions_do_not_differ_in_any_score() -> None:
+    a, _, targets = _predictions(40, seed=6)
+    found = paired_score_test(score_named(MATTHEWS).weighted, a, a, targets, 0, draws=100)
+    assert (found.difference, found.interval, found.p_value) == (0, (0, 0), 1)
+    assert found.verdict == "no difference shown"
+
+
+def test_scores_of_other_examples_or_seeds_cannot_be_paired() -> None:
+    a, b, targets = _predictions(40, seed=7)
+    for other, wanted in ((b[:, :-1], targets), (b[:1], targets), (b, targets[:-1])):
+        with pytest.raises(SidebenchError, match="same examples and seeds"):
+            paired_score_test(score_named(MATTHEWS).weighted, a, other, wanted, 0)

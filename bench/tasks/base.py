@@ -1,4 +1,4 @@
-"""What every task has: examples, classes, splits, the pooling of tokens and the score."""
+"""What every task has: examples, classes or numbers, splits, the pooling of tokens and the score."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...cache.examples import Examples
+from .score import ACCURACY
 
 Pooling = Literal["mean", "cls"]
 
@@ -26,11 +27,20 @@ class Split:
 
 @dataclass(frozen=True)
 class Task:
-    """Single-label classification; the pooling and the score are the task's, so they are the same for every method."""
+    """Single-label classification, or regression of one number; pooling, loss and score are the same for all methods.
+
+    Targets are class indices. The classes of a regression are its distinct numbers, and `values` says each one's.
+    """
 
     uri: str
     examples: Examples
     classes: tuple[str, ...]
     parts: tuple[str, ...] | None  # the split column: "train" | "val" | "test" per example; None: split it ourselves
     pooling: Pooling = "mean"
-    score_name: str = "accuracy"
+    score_name: str = ACCURACY
+    values: tuple[float, ...] | None = None
+
+    @property
+    def num_outputs(self) -> int:
+        """How wide the head is: one output per class, or one number."""
+        return len(self.classes) if self.values is None else 1

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...cache.errors import SidebenchError
+from ...cache.examples import Text
 from .images import load_image
 
 if TYPE_CHECKING:
@@ -29,25 +30,26 @@ Entry = tuple[int, int, str]  # size in bytes, mtime in ns, sha256
 
 @dataclass(frozen=True, eq=False)
 class TextExamples:
-    """Texts in memory."""
+    """Texts, or pairs of texts, in memory."""
 
     ids: tuple[str, ...]
     targets: NDArray[np.int64]
     classes: tuple[str, ...]
-    texts: tuple[str, ...]
+    texts: tuple[Text, ...]
     modality: Literal["text"] = "text"
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def load(self, index: int) -> str:
-        """The text itself."""
+    def load(self, index: int) -> Text:
+        """The text itself, or both of a pair."""
         return self.texts[index]
 
     @cached_property
     def content_sha256(self) -> str:
         """Hash over ids, UTF-8 texts, class names and targets in order."""
-        digests = (hashlib.sha256(text.encode("utf-8")).hexdigest() for text in self.texts)
+        pieces = ((text,) if isinstance(text, str) else text for text in self.texts)
+        digests = (" ".join(hashlib.sha256(piece.encode("utf-8")).hexdigest() for piece in both) for both in pieces)
         return _content_hash(self.modality, self.ids, self.targets, self.classes, digests)
 
 

@@ -30,7 +30,7 @@ def read_jsonl(path: Path, columns: Mapping[str, str]) -> Rows:
 
 
 def _csv_lines(path: Path) -> Iterator[Line]:
-    text = "".join(text for _, text in _text_lines(path))
+    text = "".join(text for _, text in text_lines(path))
     previous = csv.field_size_limit(_MAX_FIELD_CHARACTERS)
     try:
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -58,7 +58,7 @@ def _csv_lines(path: Path) -> Iterator[Line]:
 
 
 def _jsonl_lines(path: Path) -> Iterator[Line]:
-    for number, text in _text_lines(path):
+    for number, text in text_lines(path):
         where = f"{path} line {number}"
         if not text.strip():
             continue
@@ -71,7 +71,7 @@ def _jsonl_lines(path: Path) -> Iterator[Line]:
         yield where, row
 
 
-def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, line with its end), decoded one by one so that an error can name the line."""
     if not path.is_file():
         raise SidebenchError(f"there is no file {path}" + (" (it is a folder)." if path.is_dir() else "."))

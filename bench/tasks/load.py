@@ -1,4 +1,4 @@
-"""From a task's URI to a task: csv, jsonl, class folders and the pinned samples."""
+"""From a task's URI to a task: csv, jsonl, class folders, GLUE's files and the pinned samples."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,13 +12,16 @@ from .base import Pooling, Task
 from .contents import ImageExamples, TextExamples
 from .files import COLUMN_OPTIONS, read_csv, read_jsonl
 from .folder import read_folder
+from .glue import GLUE, glue_task, read_glue
 from .rows import Rows, classes_of, limited, targets_of
+from .score import ACCURACY, score_named
 
 _POOLINGS: dict[str, Pooling] = {"mean": "mean", "cls": "cls"}
 _OPTIONS = {
     "csv": (*COLUMN_OPTIONS, "pool"),
     "jsonl": (*COLUMN_OPTIONS, "pool"),
     "folder": ("pool",),
+    "glue": ("root", "pool"),
     "sample": ("pool",),
 }
 
@@ -39,6 +42,7 @@ def known_tasks() -> tuple[KnownTask, ...]:
         KnownTask("csv", f"csv:PATH[{columns}]", "comma-separated rows of text or image path, label, split, id"),
         KnownTask("jsonl", f"jsonl:PATH[{columns}]", "one JSON object per line, with the same columns"),
         KnownTask("folder", "folder:PATH[?pool=mean|cls]", "images in class folders, with or without train/val/test"),
+        KnownTask("glue", "glue:NAME?root=FOLDER[&pool=mean|cls]", f"GLUE's official files: {', '.join(GLUE)}"),
     )
     data = {name: sample for name, sample in samples.SAMPLES.items() if sample.kind != "backbone"}
     return forms + tuple(KnownTask("sample", f"sample:{name}", data[name].summary) for name in data)
@@ -57,10 +61,13 @@ def load_task(uri: str, *, home: Path, limit: int | None = None, say: Callable[[
         rows = _read(parsed, home, say)
     except OSError as error:
         raise SidebenchError(f"{uri} cannot be read ({error}).") from error
+    score = glue_task(parsed.path).score if parsed.scheme == "glue" else ACCURACY
+    of_numbers = score_named(score).of_numbers
     classes = classes_of(rows, uri)
     if limit is not None:
-        rows = limited(rows, limit, uri)
-    return Task(uri, _examples(rows, classes, home), classes, rows.parts, _POOLINGS[pool])
+        rows = limited(rows, limit, uri, by_label=not of_numbers)
+    values = tuple(map(float, classes)) if of_numbers else None
+    return Task(uri, _examples(rows, classes, home), classes, rows.parts, _POOLINGS[pool], score, values)
 
 
 def _read(uri: Uri, home: Path, say: Callable[[str], None]) -> Rows:
@@ -72,7 +79,16 @@ def _read(uri: Uri, home: Path, say: Callable[[str], None]) -> Rows:
         return read_jsonl(path, columns)
     if uri.scheme == "folder":
         return read_folder(path)
+    if uri.scheme == "glue":
+        return _read_glue(uri, say)
     return _read_sample(uri.path, home, say)
+
+
+def _read_glue(uri: Uri, say: Callable[[str], None]) -> Rows:
+    task = glue_task(uri.path)
+    if "root" not in uri.options:
+        raise SidebenchError(f"{uri.text} does not say where the files lie; type glue:{uri.path}?root=FOLDER.")
+    return read_glue(task, Path(uri.options["root"]).expanduser(), say)
 
 
 def _read_sample(name: str, home: Path, say: Callable[[str], None]) -> Rows:
@@ -89,5 +105,7 @@ def _read_sample(name: str, home: Path, say: Callable[[str], None]) -> Rows:
 def _examples(rows: Rows, classes: tuple[str, ...], home: Path) -> Examples:
     targets = targets_of(rows, classes)
     if rows.modality == "text":
-        return TextExamples(rows.ids, targets, classes, tuple(map(str, rows.contents)))
-    return ImageExamples(rows.ids, targets, classes, tuple(map(Path, rows.contents)), home / "hashes.json")
+        texts = tuple(content for content in rows.contents if not isinstance(content, Path))
+        return TextExamples(rows.ids, targets, classes, texts)
+    paths = tuple(content for content in rows.contents if isinstance(content, Path))
+    return ImageExamples(rows.ids, targets, classes, paths, home / "hashes.json")

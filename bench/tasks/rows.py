@@ -10,19 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...cache.errors import SidebenchError
-from ...cache.examples import Modality
+from ...cache.examples import Modality, Text
 
 PART_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Columns of equal length; `contents` are texts or absolute image paths."""
+    """Columns of equal length; `contents` are texts, pairs of texts or absolute image paths."""
 
     modality: Modality
     ids: tuple[str, ...]
     labels: tuple[str, ...]
-    contents: tuple[str, ...] | tuple[Path, ...]
+    contents: tuple[Text, ...] | tuple[Path, ...]
     parts: tuple[str, ...] | None
 
     def take(self, index: Iterable[int]) -> "Rows":
@@ -68,14 +68,15 @@ def targets_of(rows: Rows, classes: tuple[str, ...]) -> NDArray[np.int64]:
     return np.array([index[label] for label in rows.labels], dtype=np.int64)
 
 
-def limited(rows: Rows, limit: int, uri: str) -> Rows:
+def limited(rows: Rows, limit: int, uri: str, *, by_label: bool = True) -> Rows:
     """Subsample of `limit` rows with every class in it, in proportion (of class, then of part); the order is kept.
 
+    Labels that are no classes (`by_label` false) have no share of their own.
     It depends on ids, labels and parts alone: which rows are left does not change with the order of the file.
     """
     by_class: dict[str, dict[str, list[int]]] = {}
     for i, label in enumerate(rows.labels):
-        by_class.setdefault(label, {}).setdefault(rows.parts[i] if rows.parts else "", []).append(i)
+        by_class.setdefault(label if by_label else "", {}).setdefault(rows.parts[i] if rows.parts else "", []).append(i)
     if limit < len(by_class):
         raise SidebenchError(f"limit {limit} is less than the {len(by_class)} classes of {uri}; type a larger --limit.")
     if limit >= len(rows.ids):
