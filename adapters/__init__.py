@@ -1,1 +1,27 @@
-"""One file per method, read top to bottom; `_base.py` and `_registry.py` are the only plumbing."""
+"""One file per method, read top to bottom; files with an underscore are plumbing. These names write a new one."""
+
+from ._base import (
+    BackboneBody,
+    Batch,
+    Body,
+    CachedMethod,
+    FittedMethod,
+    LiveConfig,
+    LiveMethod,
+    PrefixMethod,
+    TrainingConfig,
+    option,
+)
+
+__all__ = [
+    "BackboneBody",
+    "Batch",
+    "Body",
+    "CachedMethod",
+    "FittedMethod",
+    "LiveConfig",
+    "LiveMethod",
+    "PrefixMethod",
+    "TrainingConfig",
+    "option",
+]

@@ -1,10 +1,12 @@
 """What a method is: its configuration, what it reads, and how it turns a batch into tokens or a vector.
 
 The three kinds differ in what stays in memory while training. The kind is the class, not a flag:
-`CachedMethod` and `FittedMethod` read activations from a store, `LiveMethod` holds the whole backbone.
+`CachedMethod` and `FittedMethod` read activations from a store, `PrefixMethod` reads the one that enters block k and
+holds the blocks from there on, `LiveMethod` holds the whole backbone.
 """
 
 import dataclasses
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,10 +19,12 @@ from ..cache.block_weights import BackboneWeights
 from ..cache.encode import Stored
 from ..cache.errors import SidebenchError, unknown
 from ..cache.preprocess import Inputs
+from ..cache.suffix import ENTERING, MASK, Suffix, entering_layer
+from ._checkpoint import checkpoint_blocks
 
 Kind = Literal["cached", "prefix", "live"]
 WeightsLoader = Callable[[], BackboneWeights]
-"""Loads the backbone, copies its weights and lets go of it: for initialisations only."""
+"""Loads the backbone, copies its weights and lets go of it: for initialisations, and for what `runs_blocks`."""
 
 
 def option(default: Any, help: str) -> Any:
@@ -37,25 +41,59 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class LiveConfig(TrainingConfig):
+    """What every method trained through the backbone offers besides, because a tuned baseline is the honest one."""
+
+    checkpointing: bool = option(
+        False, "keep only what enters each block and compute the rest again in backward: less memory, more time"
+    )
+    optimizer: Literal["adamw", "adamw8bit"] = option(
+        "adamw", "adamw8bit keeps AdamW's state in 8 bits, by bitsandbytes (the extra sidebench[8bit])"
+    )
+
+    def __post_init__(self) -> None:
+        if self.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+            raise SidebenchError(
+                "optimizer=adamw8bit needs bitsandbytes, which is not installed: pip install 'sidebench[8bit]'."
+            )
+
+
+@dataclass(frozen=True)
 class Batch:
     """What a method sees. mask: (B, T) bool, real tokens. Cached: activations per layer (B, T, D) in storage dtype.
 
-    Live: `inputs` for the backbone. Neither holds targets: a method cannot see them.
+    Layers may differ in tokens: `mask` is the final layer's (the last one's that was read, where that was not), and
+    `mask_of` gives each its own.
+
+    Live: `inputs` for the backbone. Prefix: both, the inputs being the suffix's. None holds targets: a method is not to
+    see them.
     """
 
     mask: Tensor
     activations: Mapping[str, Stored] = dataclasses.field(default_factory=dict)
     inputs: Inputs = dataclasses.field(default_factory=dict)
+    masks: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def mask_of(self, layer: str) -> Tensor:
+        """(B, T) real tokens of `layer`."""
+        return self.masks.get(layer, self.mask)
 
     def state(self, layer: str) -> Tensor:
         """(B, T, D) activations of `layer` in float32."""
         return self.activations[layer].float()
 
+    def entering(self, layer: str) -> "Batch":
+        """The same, with the inputs of a suffix that `layer` enters."""
+        state = self.activations[layer]
+        inputs = {ENTERING: state if isinstance(state, Tensor) else state.float(), MASK: self.mask_of(layer)}
+        return dataclasses.replace(self, inputs=inputs)
+
     def rows(self, rows: slice) -> "Batch":
         """These examples alone, as views in storage dtype."""
         taken = {name: activations[rows] for name, activations in self.activations.items()}
         inputs = {name: value[rows] for name, value in self.inputs.items()}
-        return dataclasses.replace(self, mask=self.mask[rows], activations=taken, inputs=inputs)
+        masks = {name: mask[rows] for name, mask in self.masks.items()}
+        return dataclasses.replace(self, mask=self.mask[rows], activations=taken, inputs=inputs, masks=masks)
 
 
 class Body(nn.Module):
@@ -74,6 +112,8 @@ class Method(ABC):
     Config: ClassVar[type] = TrainingConfig
     kind: ClassVar[Kind]
     paper: ClassVar[str] = "no paper named"
+    two_stacks: ClassVar[bool] = False
+    """Whether it works on an encoder-decoder; one that does not is refused there."""
 
     def __init__(self, config: Any = None) -> None:
         self.config = self.Config() if config is None else config
@@ -87,10 +127,20 @@ class CachedMethod(Method):
     """Trained from a store; the backbone is not in memory."""
 
     kind: ClassVar[Kind] = "cached"
+    runs_blocks: ClassVar[bool] = False
+    """Whether it runs frozen copies of the backbone's blocks, from `weights()`, on cached states of every token."""
 
     def layers(self, arch: Architecture) -> tuple[str, ...]:
         """The layers it reads. Default: the L hidden states."""
         return arch.states
+
+    @property
+    def gradient_examples(self) -> int:
+        """Of how many training examples `weights()` is to bring the summed squared gradients along (`importance`).
+
+        That back-propagates through the whole backbone once, before training, so it is 0 but for what says so aloud.
+        """
+        return 0
 
     @abstractmethod
     def build(self, arch: Architecture, widths: Mapping[str, int], weights: WeightsLoader) -> Body:
@@ -98,25 +148,78 @@ class CachedMethod(Method):
 
 
 class FittedMethod(Method):
-    """Solved to convergence on one feature vector per example instead of trained in steps."""
+    """Solved on one feature vector per example, all in memory at once, instead of trained in steps."""
 
     kind: ClassVar[Kind] = "cached"
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self.score: Callable[[Tensor, Tensor], float] = _agreement  # the task's takes its place: `fit` chooses by it
+
+    def layers(self, arch: Architecture) -> tuple[str, ...]:
+        """The layers whose pooled rows it reads. Default: the one a head would read."""
+        return (arch.final_layer,)
+
+    def features(self, pooled: Mapping[str, Tensor], column: int) -> Tensor:
+        """(N, D) float32 from each layer's stored rows (N, 2, D_l): the first token, and the mean over real tokens.
+
+        Default: the rows of its layer that the task pools (`column`). Of no examples it has the right width, too.
+        """
+        (rows,) = pooled.values()
+        return rows[:, column].float()
+
+    def brief(self) -> "FittedMethod":
+        """The same, cut down to what shows its peak memory, which is measured by solving. Default: nothing cut."""
+        return self
+
+    def kept(self, width: int) -> int:
+        """How many of `width` features `brief` goes on with. Default: all."""
+        return width
 
     @abstractmethod
     def fit(
         self, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], num_outputs: int
     ) -> tuple[nn.Module, dict[str, Any]]:
-        """From (features (N, D), targets (N,)) to a module features -> logits (N, K), and what was chosen on `val`."""
+        """From (features (N, D), targets (N,)) to a module features -> outputs (N, K), and what was chosen on `val`.
+
+        Targets are class indices, or numbers in floating point (K = 1); see `task_loss`.
+        """
+
+
+class PrefixMethod(Method):
+    """Trained from the activation that enters block k, through the blocks from there on; earlier ones are absent."""
+
+    kind: ClassVar[Kind] = "prefix"
+
+    @abstractmethod
+    def first_block(self, arch: Architecture) -> int:
+        """k: the first block that it holds."""
+
+    def layers(self, arch: Architecture) -> tuple[str, ...]:
+        """The layers it reads, the one that enters block k among them. Default: that one alone."""
+        return (entering_layer(self.first_block(arch)),)
+
+    @abstractmethod
+    def build(self, suffix: Suffix) -> Body:
+        """Change the suffix in place: what trains requires a gradient, all else does not."""
 
 
 class LiveMethod(Method):
     """Trained through the whole backbone, which stays in memory and is back-propagated through."""
 
+    Config: ClassVar[type] = LiveConfig
     kind: ClassVar[Kind] = "live"
 
     @abstractmethod
     def build(self, backbone: Backbone) -> Body:
         """Change the backbone in place: what trains requires a gradient, all else does not."""
+
+    def network(self, backbone: Backbone) -> Body:
+        """What is trained: `build`, and then what every live method offers (`LiveConfig`). Call this one."""
+        body = self.build(backbone)
+        if getattr(self.config, "checkpointing", False):  # a method from outside may have a Config of its own
+            checkpoint_blocks(backbone)
+        return body
 
 
 class BackboneBody(Body):
@@ -137,6 +240,20 @@ class BackboneBody(Body):
         super().train(mode)
         self.module.eval()
         return self
+
+
+def task_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The task's loss of outputs (N, K): mean cross-entropy of classes (N,), mean squared error of numbers (N,)."""
+    if targets.is_floating_point():
+        return (outputs[:, 0] - targets).square().mean()
+    return nn.functional.cross_entropy(outputs, targets)
+
+
+def _agreement(outputs: Tensor, targets: Tensor) -> float:
+    """Share of right classes; of numbers the negative squared error."""
+    if targets.is_floating_point():
+        return -float(task_loss(outputs, targets))
+    return float((outputs.argmax(1) == targets).double().mean())
 
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -26,7 +26,8 @@ Arguments = TypeVarTuple("Arguments")
 
 def slices(batch: Batch) -> Iterator[Batch]:
     """The batch in slices of whole examples, of about TOKENS_AT_A_TIME tokens each."""
-    examples, tokens = batch.mask.shape
+    examples = len(batch.mask)
+    tokens = max(mask.shape[1] for mask in (batch.mask, *batch.masks.values()))  # a decoder's final layer may have one
     size = max(TOKENS_AT_A_TIME // tokens, 1)
     return (batch.rows(slice(start, start + size)) for start in range(0, examples, size))
 

@@ -4,16 +4,22 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import re
 import sys
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..cache.errors import SidebenchError, unknown
-from ._base import Method, configured, describe_config
+from ._at_last import AtLast
+from ._base import Kind, LiveMethod, Method, configured, describe_config
+
+_TRAINED = re.compile(r"\bTrained[:,].*?(?=\n\n|\Z)", re.DOTALL)
+TABLE = re.compile(r"<!-- methods: [^\n]*-->\n(.*?)\n<!-- end of methods -->", re.DOTALL)
+_LAST = re.compile(r"last([1-9][0-9]{0,3})")
 
 
 @dataclass(frozen=True)
@@ -23,24 +29,52 @@ class Named:
     text: str
     key: str
     cls: type[Method]
+    last: int | None = None  # `@lastK`: on the last K blocks alone
+
+    @property
+    def kind(self) -> Kind:
+        """What stays in memory while it trains."""
+        return self.cls.kind if self.last is None else "prefix"
 
     def configured(self, settings: Mapping[str, str]) -> Method:
         """The method with `settings` (KEY -> text) over its defaults."""
-        return self.cls(configured(self.key, self.cls.Config, settings))
+        method = self.cls(configured(self.key, self.cls.Config, settings))
+        if self.last is None:
+            return method
+        assert isinstance(method, LiveMethod)
+        return AtLast(method, self.last)
 
 
 def known_methods() -> tuple[str, ...]:
     """Names of the methods that need no path, sorted."""
+    return tuple(sorted({*_files(), *(point.name for point in entry_points(group="sidebench.methods"))}))
+
+
+def _files() -> list[str]:
     package = importlib.import_module(__package__ or "")
-    inside = {info.name for info in pkgutil.iter_modules(package.__path__) if not info.name.startswith("_")}
-    return tuple(sorted(inside | {point.name for point in entry_points(group="sidebench.methods")}))
+    return [info.name for info in pkgutil.iter_modules(package.__path__) if not info.name.startswith("_")]
 
 
 def find_method(text: str) -> Named:
-    """Resolve `unipt`, an entry point, or `./mine.py`.
+    """Resolve `unipt`, an entry point, or `./mine.py`; a live method also on the last blocks alone, `lora@last4`.
 
     Raises SidebenchError with the nearest name for an unknown one, and for a file that does not hold one method.
     """
+    name, at, rest = text.rpartition("@")
+    if not at:
+        return _find(text)
+    if (last := _LAST.fullmatch(rest)) is None:
+        raise SidebenchError(f"{text!r}: behind the @ stands lastK, the number of blocks to hold, as in lora@last4.")
+    named = _find(name)
+    if not issubclass(named.cls, LiveMethod):
+        live = ", ".join(known for known in known_methods() if issubclass(_find(known).cls, LiveMethod))
+        raise SidebenchError(
+            f"{text}: {name} is a {named.cls.kind} method; @lastK takes one that trains inside the backbone: {live}."
+        )
+    return replace(named, text=text, last=int(last[1]))
+
+
+def _find(text: str) -> Named:
     if text.endswith(".py"):
         return Named(text, Path(text).stem, _single_method(_import_file(Path(text)), text))
     outside = {point.name: point for point in entry_points(group="sidebench.methods")}
@@ -56,8 +90,25 @@ def describe(name: str) -> dict[str, Any]:
     """What `bench methods` prints, all of it read from the method's file."""
     cls = find_method(name).cls
     summary = (cls.__doc__ or "").strip().partition("\n")[0]
-    config = describe_config(cls.Config)
-    return {"name": name, "kind": cls.kind, "paper": cls.paper, "summary": summary, "config": config}
+    counted = _TRAINED.search(inspect.getdoc(sys.modules[cls.__module__]) or "")
+    return {
+        "name": name,
+        "kind": cls.kind,
+        "paper": cls.paper,
+        "summary": summary,
+        "parameters": counted[0] if counted else "",
+        "config": describe_config(cls.Config),
+    }
+
+
+def methods_table() -> str:
+    """The methods in this folder as a Markdown table, which the README holds."""
+    rows = [describe(name) for name in _files()]
+    order = get_args(Kind)
+    lines = ["| method | kind | what it is | paper |", "|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: (order.index(row["kind"]), row["name"])):
+        lines.append(f"| `{row['name']}` | {row['kind']} | {row['summary']} | {row['paper']} |")
+    return "\n".join(lines)
 
 
 def config_facts(method: Method) -> dict[str, Any]:
@@ -104,3 +155,16 @@ def _load_entry_point(point: EntryPoint) -> Any:
         return point.load()
     except Exception as error:
         raise SidebenchError(f"loading the method {point.name!r} ({point.value}) failed: {error}") from error
+
+
+def _write_table(path: Path) -> None:
+    """Put the table where the README marks its place."""
+    text = path.read_text("utf-8")
+    found = TABLE.search(text)
+    if found is None:
+        raise SidebenchError(f"{path} marks no place for the table of methods.")
+    path.write_text(text[: found.start(1)] + methods_table() + text[found.end(1) :], "utf-8")
+
+
+if __name__ == "__main__":
+    _write_table(Path(sys.argv[1]))

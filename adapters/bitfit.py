@@ -10,11 +10,11 @@ from typing import ClassVar
 
 from ..cache.backbone import Backbone
 from ..cache.errors import SidebenchError
-from ._base import BackboneBody, Body, LiveMethod, TrainingConfig, option
+from ._base import BackboneBody, Body, LiveConfig, LiveMethod, option
 
 
 @dataclass(frozen=True)
-class Config(TrainingConfig):
+class Config(LiveConfig):
     """BitFit's options."""
 
     # LST's BitFit baseline on GLUE takes 3e-4 over many more steps.
@@ -25,6 +25,7 @@ class BitFit(LiveMethod):
     """Train the backbone's biases."""
 
     Config: ClassVar[type] = Config
+    two_stacks = True
     paper = "BitFit, ACL 2022, arXiv 2106.10199"
 
     def build(self, backbone: Backbone) -> Body:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..cache.backbone import Backbone
-from ._base import BackboneBody, Body, LiveMethod, TrainingConfig, option
+from ._base import BackboneBody, Body, LiveConfig, LiveMethod, option
 
 
 @dataclass(frozen=True)
-class Config(TrainingConfig):
+class Config(LiveConfig):
     """Options of full fine-tuning."""
 
     lr: float = option(5e-5, "peak learning rate (the largest of BERT's fine-tuning grid, arXiv 1810.04805 app. A.3)")
@@ -23,6 +23,7 @@ class FullFineTuning(LiveMethod):
     """Train every weight of the backbone."""
 
     Config: ClassVar[type] = Config
+    two_stacks = True
     paper = "full fine-tuning, as in BERT, NAACL 2019, arXiv 1810.04805"
 
     def build(self, backbone: Backbone) -> Body:

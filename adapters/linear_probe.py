@@ -1,4 +1,4 @@
-"""Linear probe: logistic regression on the frozen network's pooled output.
+"""Linear probe: logistic regression (of numbers: ridge regression) on the frozen network's pooled output.
 Alain & Bengio, Understanding intermediate layers using linear classifier probes, ICLR 2017 workshop, arXiv 1610.01644;
 solved by L-BFGS with the L2 weight swept on validation as in CLIP (Radford et al., ICML 2021, arXiv 2103.00020, A.3).
 
@@ -6,14 +6,16 @@ The bar any side network has to clear, so it is made as good as it gets: feature
 float64, the L2 weight chosen on validation. Cached: one vector per example. Trained: D K + K.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..cache.backbone import Architecture
-from ._base import FittedMethod, option
+from ._base import FittedMethod, option, task_loss
+
+_FULL_HISTORY = 110  # L-BFGS iterations
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class LinearProbe(FittedMethod):
     """Logistic regression on standardised pooled features, L2 weight chosen on validation."""
 
     Config: ClassVar[type] = Config
+    two_stacks = True
     paper = "linear classifier probes, arXiv 1610.01644; L-BFGS sweep as in CLIP, arXiv 2103.00020"
 
     def refusal(self, arch: Architecture) -> str | None:
@@ -44,6 +47,15 @@ class LinearProbe(FittedMethod):
         if self.config.candidates < 1 or self.config.max_iterations < 1:
             return "candidates and max_iterations must be 1 or more"
         return None
+
+    def brief(self) -> "LinearProbe":
+        """See FittedMethod. The weakest L2 weight alone, until L-BFGS holds all the history it keeps (100 steps).
+
+        With many classes that history is most of the memory; a run that converges before takes less.
+        """
+        iterations = min(self.config.max_iterations, _FULL_HISTORY)
+        weakest = self.config.smallest_l2
+        return LinearProbe(replace(self.config, largest_l2=weakest, candidates=1, max_iterations=iterations))
 
     def fit(
         self, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], num_outputs: int
@@ -58,11 +70,10 @@ class LinearProbe(FittedMethod):
                 unconverged.append(l2)
             with torch.no_grad():
                 logits = probe(val[0])
-                accuracy = float((logits.argmax(1) == val[1]).double().mean())
-                loss = float(nn.functional.cross_entropy(logits, val[1]))
-            # A small validation part has many ties in accuracy; its loss breaks them.
-            if best is None or (accuracy, -loss) > best[0]:
-                best = ((accuracy, -loss), l2, {k: v.clone() for k, v in probe.state_dict().items()})
+                found = (self.score(logits, val[1]), -float(task_loss(logits, val[1])))
+            # A small validation part has many ties in its score; its loss breaks them.
+            if best is None or found > best[0]:
+                best = (found, l2, {k: v.clone() for k, v in probe.state_dict().items()})
         assert best is not None
         probe.load_state_dict(best[2])
         return probe, {"l2": best[1], "val_score": best[0][0], "unconverged_l2": unconverged}
@@ -93,7 +104,7 @@ class Probe(nn.Module):
 
 
 def solve(probe: Probe, features: Tensor, targets: Tensor, l2: float, max_iterations: int) -> bool:
-    """Minimise mean cross-entropy + l2/2 |W|² over `probe`; returns whether the gradient vanished."""
+    """Minimise the task's loss + l2/2 |W|² over `probe`; returns whether the gradient vanished."""
     optimizer = torch.optim.LBFGS(
         probe.parameters(),
         max_iter=max_iterations,
@@ -104,7 +115,7 @@ def solve(probe: Probe, features: Tensor, targets: Tensor, l2: float, max_iterat
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(probe(features), targets) + l2 / 2 * probe.linear.weight.square().sum()
+        loss = task_loss(probe(features), targets) + l2 / 2 * probe.linear.weight.square().sum()
         loss.backward()
         return loss
 

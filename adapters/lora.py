@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..cache.backbone import Architecture, Backbone
-from ..cache.block_weights import attention_projections
-from ._base import BackboneBody, Body, LiveMethod, TrainingConfig, option
+from ._base import Body, LiveConfig, LiveMethod, option
+from ._live import lacks_blocks, low_rank_body
 
 
 @dataclass(frozen=True)
-class Config(TrainingConfig):
+class Config(LiveConfig):
     """LoRA's options."""
 
     # LST's LoRA baseline on GLUE takes 3e-4 over many more steps, V-PETL's on VTAB-1k 5e-3.
@@ -28,27 +28,15 @@ class LoRA(LiveMethod):
     """Low-rank updates on the query and value projections."""
 
     Config: ClassVar[type] = Config
+    two_stacks = True
     paper = "LoRA, ICLR 2022, arXiv 2106.09685"
 
     def refusal(self, arch: Architecture) -> str | None:
         """It needs blocks, and a rank."""
         if self.config.rank < 1:
             return f"rank {self.config.rank} is no rank; 1 or more"
-        return None if arch.blocks else "it needs a backbone with attention blocks"
+        return lacks_blocks(arch)
 
     def build(self, backbone: Backbone) -> Body:
         """See LiveMethod."""
-        from peft import LoraConfig, inject_adapter_in_model
-
-        targets = [
-            f"{backbone.blocks_path}.{index}.{path}"
-            for index, block in enumerate(backbone.blocks)
-            for path in attention_projections(block, ("query", "value"))
-        ]
-        inject_adapter_in_model(
-            LoraConfig(r=self.config.rank, lora_alpha=self.config.alpha, target_modules=targets, lora_dropout=0.0),
-            backbone.module,
-        )
-        for name, parameter in backbone.module.named_parameters():
-            parameter.requires_grad_("lora_" in name)
-        return BackboneBody(backbone)
+        return low_rank_body(backbone, self.config.rank, self.config.alpha)

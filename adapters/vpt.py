@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.backbone import Architecture, Backbone
-from ._base import BackboneBody, Batch, Body, LiveMethod, TrainingConfig, option
+from ._base import BackboneBody, Batch, Body, LiveConfig, LiveMethod, option
 
 
 @dataclass(frozen=True)
-class Config(TrainingConfig):
+class Config(LiveConfig):
     """VPT's options."""
 
     lr: float = option(

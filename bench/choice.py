@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
-from ..adapters._base import Method
+from ..adapters._base import CachedMethod, LiveMethod, Method, PrefixMethod
 from ..adapters._registry import Named, find_method, known_methods
+from ..cache.backbone import Architecture
 from ..cache.errors import SidebenchError, unknown
+from ..cache.form import Form
+from ..cache.reduction import reduction_of
 
 Settings = Mapping[str, Mapping[str, str]]
 """Method key -> option -> value as typed."""
@@ -24,3 +27,21 @@ def chosen_methods(methods: Sequence[str], settings: Settings) -> list[tuple[Nam
         if key not in keys:
             raise unknown("method in --set", key, keys)
     return [(n, n.configured(settings.get(n.key, {}))) for n in named]
+
+
+def refusal(method: Method, arch: Architecture, form: Form) -> str | None:
+    """Why a method cannot work on a backbone whose activations are cached in this form; None when it can.
+
+    One that reads the cache alone sees the backbone through the tokens that it keeps.
+    """
+    if arch.decoder_blocks and not method.two_stacks:
+        return f"it is made for one stack of blocks, {arch.name} has two; without ?tower=both it is the encoder alone"
+    if isinstance(method, LiveMethod):
+        return method.refusal(arch)
+    if isinstance(method, PrefixMethod):
+        if form.tokens != "all":
+            return f"it restarts the backbone, which needs every token, and the cache keeps --tokens {form.tokens}"
+        return method.refusal(arch)
+    if isinstance(method, CachedMethod) and method.runs_blocks and form.tokens != "all":
+        return f"it runs blocks of the backbone, which need every token, and the cache keeps --tokens {form.tokens}"
+    return method.refusal(reduction_of(form.tokens, arch, form.seed).seen)

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..adapters._base import CachedMethod, FittedMethod, Method
+from ..adapters import _base
+from ..adapters._base import CachedMethod, FittedMethod, LiveMethod, Method, PrefixMethod
 from ..adapters._registry import Named
-from ..cache.backbone import Architecture
 from ..cache.build import BuildResult, CaptureOptions, Plan
 from ..cache.catalog import read_notes
 from ..cache.errors import SidebenchError
+from ..cache.form import Form
 from ..cache.manifest import Manifest, canonical_json, missing_layers
 from ..cache.memory_store import Tier
 from ..cache.views import DESCRIPTION
-from .choice import chosen_methods
+from .choice import chosen_methods, refusal
 from .launch import Listener, failed, run_once, with_chosen_lr
 from .prepare import Inputs, Prepared, plan_store, prepare, resolve_device, store_for
 from .record import Job, RunRecord
@@ -82,7 +83,7 @@ def compare(
     source = planned or prepared.imported
     assert source is not None
     _check_pooling(prepared, source.manifest)
-    chosen, skipped = _accepted(configured, prepared, source.manifest.seen, by_name=request.methods)
+    chosen, skipped = _accepted(configured, prepared, source.manifest.form, by_name=request.methods)
     facts = _data_facts(source.manifest)
     folder = runs_dir / _folder_name(request, facts)
     _begin_folder(folder, parts)
@@ -124,24 +125,21 @@ def _check_pooling(prepared: Prepared, manifest: Manifest) -> None:
 
 
 def _accepted(
-    configured: Mapping[str, Method], prepared: Prepared, seen: Architecture, *, by_name: Sequence[str]
+    configured: Mapping[str, Method], prepared: Prepared, form: Form, *, by_name: Sequence[str]
 ) -> tuple[dict[str, Method], dict[str, str]]:
-    """Methods that can run and why the others cannot; one asked for by its name, not by "all", must.
-
-    Those that read the cache see the backbone through the tokens that it keeps.
-    """
+    """Methods that can run and why the others cannot; one asked for by its name, not by "all", must."""
     arch = prepared.arch
 
-    def refusal(method: Method) -> str | None:
-        if isinstance(method, CachedMethod | FittedMethod):
-            return method.refusal(seen)
-        return method.refusal(arch) if prepared.backbone else _NO_NETWORK
+    def reason(method: Method) -> str | None:
+        if isinstance(method, LiveMethod | PrefixMethod) and prepared.backbone is None:
+            return _NO_NETWORK
+        return refusal(method, arch, form)
 
-    reasons = {name: refusal(method) for name, method in configured.items()}
-    skipped = {name: reason for name, reason in reasons.items() if reason is not None}
-    for name, reason in skipped.items():
+    reasons = {name: reason(method) for name, method in configured.items()}
+    skipped = {name: why for name, why in reasons.items() if why is not None}
+    for name, why in skipped.items():
         if name in by_name:
-            raise SidebenchError(f"{name} cannot run on {arch.name}: {reason}.")
+            raise SidebenchError(f"{name} cannot run on {arch.name}: {why}.")
     return {name: m for name, m in configured.items() if name not in skipped}, skipped
 
 
@@ -152,10 +150,8 @@ def _store(
     arch = prepared.arch
     wanted: list[str] = []
     for method in methods.values():
-        if isinstance(method, CachedMethod):
+        if isinstance(method, CachedMethod | FittedMethod | PrefixMethod):
             wanted += method.layers(arch)
-        elif isinstance(method, FittedMethod):
-            wanted.append(arch.final_layer)
     if not wanted:
         return None
     if planned is None:
@@ -237,7 +233,7 @@ def _job(
     built: BuildResult | None,
     device: str,
 ) -> Job:
-    store = built if named.cls.kind == "cached" else None
+    store = None if named.kind == "live" else built
     data = {**facts, "method": _code_sha256(named), "sidebench": __version__}
     if store is not None:
         data["store"] = store.manifest.digest
@@ -246,7 +242,7 @@ def _job(
         method=named.text,
         settings=dict(request.settings.get(named.key, {})),
         seed=seed,
-        kind=named.cls.kind,
+        kind=named.kind,
         backbone=inputs.backbone,
         task=inputs.task,
         image_size=inputs.image_size,
@@ -259,19 +255,25 @@ def _job(
         precision=request.precision,
         device=device,
         data=data,
-        num_outputs=len(prepared.task.classes),
+        num_outputs=prepared.task.num_outputs,
         pooling=prepared.task.pooling,
         store=None if store is None else str(store.folder.absolute()),
         tier=request.tier,
         views=request.capture.views,
         view_seed=request.capture.form().seed if request.capture.views else None,
+        score=prepared.task.score_name,
+        values=prepared.task.values or (),
     )
 
 
 def _code_sha256(named: Named) -> str:
-    """Hash of the method's file: once it is edited, its finished runs are those of another method."""
-    path = getattr(sys.modules[named.cls.__module__], "__file__", None)
-    return hashlib.sha256(Path(path).read_bytes() if path else b"").hexdigest()
+    """Hash of the method's file and the plumbing of all: once they are edited, finished runs are another method's."""
+    own = getattr(sys.modules[named.cls.__module__], "__file__", None)
+    plumbing = sorted(Path(_base.__file__).parent.glob("_*.py"))
+    digest = hashlib.sha256()
+    for path in (*([Path(own)] if own else []), *plumbing):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def learning_rates(lr: str | None, method: Method) -> tuple[float, ...]:

@@ -25,7 +25,7 @@ class Learner(nn.Module):
     def __init__(self, body: Body, num_outputs: int, pooling: Pooling, prefix_tokens: int) -> None:
         super().__init__()
         self.body = body
-        self.head = nn.Linear(body.width, num_outputs)
+        self.head: nn.Module = nn.Linear(body.width, num_outputs)
         self.pooling = pooling
         self.prefix_tokens = prefix_tokens
 
@@ -58,19 +58,21 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class CachedSource:
-    """Activations from a store; no backbone, no raw data."""
+    """Activations from a store; no raw data. `entering`: the layer that enters the blocks of a prefix method."""
 
     store: Store
     layers: tuple[str, ...]
     device: torch.device
     tokens: Index
     views: int = 0
+    entering: str | None = None
 
     def batches(self, batches: Sequence[Index]) -> Iterator[Batch]:
         """See Source."""
         for _, activations in activation_batches(self.store, batches, self.layers):
             moved = activations.to(self.device)
-            yield Batch(mask=moved.mask, activations=moved.layers)
+            batch = Batch(mask=moved.mask, activations=moved.layers, masks=moved.masks)
+            yield batch if self.entering is None else batch.entering(self.entering)
 
     def lengths(self) -> Index:
         """See Source."""
@@ -87,7 +89,7 @@ class LiveSource:
         self._examples = task.examples
         items = len(task.examples) * (1 + views)
         self.device = backbone.device
-        self._tokens = 1 if task.examples.modality == "text" else _image_tokens(backbone)
+        self._tokens = backbone.shapes([backbone.final_layer])[backbone.final_layer][0]  # None: as many as the text's
         first = self._prepare([0])[0]
         fits = first.nbytes * items <= _PREPARED_IN_RAM_BYTES
         self._prepared = self._prepare(range(items)) if fits or task.examples.modality == "text" else None
@@ -101,7 +103,7 @@ class LiveSource:
     def lengths(self) -> Index:
         """See Source."""
         if self._prepared is None or self._examples.modality == "image":
-            return np.full(len(self._examples) * (1 + self.views), self._tokens, dtype=np.int64)
+            return np.full(len(self._examples) * (1 + self.views), self._tokens or 1, dtype=np.int64)
         return np.array([len(ids) for ids in self._prepared], dtype=np.int64)
 
     def _prepare(self, indices: Sequence[int]) -> list[Tensor]:
@@ -110,12 +112,10 @@ class LiveSource:
     def _collate(self, index: Index) -> tuple[dict[str, Tensor], Tensor]:
         prepared = self._prepare(index.tolist()) if self._prepared is None else [self._prepared[i] for i in index]
         inputs, mask = self._preprocess.collate(prepared)
-        return inputs, torch.ones((len(index), self._tokens), dtype=torch.bool) if mask is None else mask
-
-
-def _image_tokens(backbone: Backbone) -> int:
-    dummy = backbone.preprocess.dummy(backbone.device)
-    return backbone.capture(dummy, [backbone.final_layer])[backbone.final_layer].shape[1]
+        if self._tokens is not None:
+            return inputs, torch.ones((len(index), self._tokens), dtype=torch.bool)
+        assert mask is not None
+        return inputs, mask
 
 
 def longest_batch(examples: Index, lengths: Index, batch_size: int) -> Index:

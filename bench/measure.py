@@ -1,6 +1,5 @@
 """Peak memory of a run: extra training steps on its longest batch, before and apart from the timed training."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +15,6 @@ from .learner import Learner
 from .tracker import Tracker, track
 from .training import Settings, load_trained, loss_of, make_optimizer, snapshot
 
-_SOLVER_ITERATIONS = 110
 STEPS = 2  # the first makes the optimiser's state, the second is the steady state
 
 
@@ -72,17 +70,17 @@ def measure_fit(
     method: FittedMethod, train: tuple[Tensor, Tensor], num_outputs: int, device_meter: DeviceMeter
 ) -> Memory:
     """The same for a method that is solved on all features at once."""
-    short = _short(method)
+    brief = method.brief()
     few = (train[0][:1], train[1][:1])
 
     def tracked() -> Any:
         with Tracker([], None, [*train], device=train[0].device) as tracker:
             tracker.begin_step()
             with tracker.phase("step"):
-                short.fit(train, few, num_outputs)
+                brief.fit(train, few, num_outputs)
         return tracker.peak()
 
-    memory = _measured(lambda: short.fit(train, few, num_outputs), tracked, device_meter)
+    memory = _measured(lambda: brief.fit(train, few, num_outputs), tracked, device_meter)
     # The solver owns its parameters and history, so they cannot be told apart from outside.
     reason = "solved in one call, not decomposed"
     memory = _with_energy(memory, None, "solved in one call, it has no steps")
@@ -90,21 +88,6 @@ def measure_fit(
         {**memory.values, "memory_by_category": None},
         {**memory.unavailable, "memory_by_category": reason},
     )
-
-
-def _short(method: FittedMethod) -> FittedMethod:
-    """One L2 weight, the weakest, until L-BFGS holds all the history it keeps (100 steps): then nothing grows any more.
-
-    With many classes that history is most of the memory; a run that converges before takes less, so this is an upper
-    bound. A method without these options is measured whole.
-    """
-    known = {option.name for option in dataclasses.fields(method.config)}
-    if not {"candidates", "max_iterations", "smallest_l2", "largest_l2"} <= known:
-        return method
-    config = method.config
-    iterations = min(config.max_iterations, _SOLVER_ITERATIONS)
-    brief = {"candidates": 1, "max_iterations": iterations, "largest_l2": config.smallest_l2}
-    return type(method)(dataclasses.replace(config, **brief))
 
 
 def _measured(steps: Callable[[], Any], tracked: Callable[[], Any], device_meter: DeviceMeter) -> Memory:
@@ -155,4 +138,4 @@ def _with_energy(memory: Memory, joules: float | None, why_not: str) -> Memory:
 
 def _tensors(batch: Batch) -> list[Tensor]:
     stored = [part for layer in batch.activations.values() for part in tensors_of(layer)]
-    return [batch.mask, *stored, *batch.inputs.values()]
+    return [batch.mask, *batch.masks.values(), *stored, *batch.inputs.values()]

@@ -6,16 +6,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..adapters._base import CachedMethod, FittedMethod, LiveMethod, Method
+import torch
+
+from ..adapters._base import CachedMethod, FittedMethod, LiveMethod, Method, PrefixMethod
 from ..cache.backbone import Backbone
 from ..cache.configs import config_backbone, without_weights
 from ..cache.errors import SidebenchError, unknown
 from ..cache.load import CONFIG_ONLY, backbone_uri, load_backbone
 from ..cache.planning import CaptureOptions
-from ..cache.reduction import reduction_of
-from .choice import chosen_methods
+from .choice import chosen_methods, refusal
 from .plan_cache import CacheFacts, Data, cache_facts
-from .predict import Prediction, Step, Unpredictable, kept_shape, predict
+from .predict import Prediction, Step, Unpredictable, kept_shapes, predict
 from .predict_fit import predict_fit
 from .prepare import Say, resolve_device
 from .tasks.load import load_task
@@ -24,7 +25,8 @@ from .tasks.split import split
 ASSUMED_EXAMPLES = 1000  # for a method solved on all training examples, where no task says how many (VTAB-1k's number)
 _LARGEST_BATCH = 2**20
 _MOST_PREDICTIONS = 8
-_MOST_EVENTS = 1_500_000  # of a prediction that only confirms a batch: about 40 s
+_MOST_EVENTS = 60_000  # of all predictions of one search: about 15 s
+_NEAR = 0.9  # a batch that is known to fit stands for a guess no further above it, where that cannot be predicted
 _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -73,11 +75,12 @@ def plan(request: PlanRequest, *, home: Path, cache_dir: Path, say: Say) -> dict
         request.capture.form(),
         request.max_length if data.longest is None else data.longest,
         data.pooling,
+        data.token_types,
     )
     rows, skipped = [], []
     for name, method in configured.items():
         say(f"predicting {name}")
-        if reason := _refusal(method, fake, step):
+        if reason := refusal(method, fake.arch, step.form):
             skipped.append({"method": name, "reason": reason})
             continue
         try:
@@ -133,7 +136,7 @@ def _data(request: PlanRequest, home: Path, say: Say) -> Data:
         raise SidebenchError("--num-examples stands in for a task; with --task use --limit.")
     task = load_task(request.task, home=home, limit=request.limit, say=say)
     parts = split(task, 0).sizes()
-    return Data(len(task.classes), len(task.examples), parts["train"], task.pooling, task.examples)
+    return Data(task.num_outputs, len(task.examples), parts["train"], task.pooling, task.examples)
 
 
 def _backbone(request: PlanRequest, home: Path, say: Say) -> Backbone:
@@ -153,29 +156,24 @@ def _check_modality(backbone: Backbone, data: Data) -> None:
         )
 
 
-def _refusal(method: Method, backbone: Backbone, step: Step) -> str | None:
-    if isinstance(method, LiveMethod):
-        return method.refusal(backbone.arch)
-    return method.refusal(reduction_of(step.form.tokens, backbone.arch, step.form.seed).seen)
-
-
 def _row(name: str, method: Method, backbone: Backbone, step: Step, data: Data, memory: int | None) -> dict[str, Any]:
     row: dict[str, Any] = {"method": name, "kind": method.kind}
     if isinstance(method, FittedMethod):
-        width = kept_shape(backbone, backbone.arch.final_layer, step)[1]
+        shapes = kept_shapes(method, backbone, step).items()
+        width = method.features({layer: torch.empty(0, 2, shape[1]) for layer, shape in shapes}, 0).shape[1]
         examples = data.num_train or data.num_examples or ASSUMED_EXAMPLES
         found = predict_fit(
             method, examples=examples, width=width, num_outputs=step.num_outputs, semantics=step.semantics
         )
         row |= _figures(found, memory)
         row["training_examples"] = examples
-        row["assumes"] = f"{examples:,} training examples, solved at once with a full history of the solver"
+        row["assumes"] = f"{examples:,} training examples, solved at once, with the most that its solver keeps"
         row["by_category"] = row["largest_batch"] = None
         row["unavailable"] = {"by_category": "solved in one call, not decomposed"}
         if memory is not None:
             row["unavailable"]["largest_batch"] = "solved on all examples at once"
         return row
-    assert isinstance(method, CachedMethod | LiveMethod)
+    assert isinstance(method, CachedMethod | PrefixMethod | LiveMethod)
     found = predict(method, backbone, step)
     row |= {**_figures(found, memory), "largest_batch": None, "unavailable": {}}
     if memory is not None:
@@ -211,32 +209,31 @@ def needed_bytes(found: Prediction) -> int:
 
 
 def largest_batch(
-    method: CachedMethod | LiveMethod, backbone: Backbone, step: Step, found: Prediction, memory: int
+    method: CachedMethod | PrefixMethod | LiveMethod, backbone: Backbone, step: Step, found: Prediction, memory: int
 ) -> dict[str, Any]:
     """The largest batch found to fit into `memory` bytes.
 
     Memory is close to affine in the batch, so a line through two predictions says where it meets the limit and a
     prediction there says whether it does; each one that misses moves the line. "confirmed": the batch itself was
-    predicted; "exact": so was the next one, which does not fit. A prediction of too many operations is left out, and
-    the batch is then what the line says.
+    predicted; "exact": so was the next one, which does not fit. A method that goes through its batch in slices takes
+    the longer to predict the larger the batch: where the limit is out of reach, the line ends at the largest batch
+    that is in reach, and the answer is what it says.
     """
     known = {step.batch_size: found}
     guess = step.batch_size // 2 if step.batch_size > 1 else 2
-    exact = False
-    while len(known) < _MOST_PREDICTIONS:
+    left = _MOST_EVENTS
+    while True:
         known[guess] = predict(method, backbone, replace(step, batch_size=guess))
+        left -= known[guess].events
         fits, over = _sides(known, memory)
-        if over == 1 or over == fits + 1:
-            exact = True
-            break
-        guess = _next_guess(known, memory)
-        if found.events / step.batch_size * guess > _MOST_EVENTS and _grows(known):
+        exact = over == 1 or over == fits + 1
+        guess, reach = _next_guess(known, memory), _reach(known, left)
+        if exact or guess in known or len(known) == _MOST_PREDICTIONS or (guess > reach and fits > _NEAR * guess):
+            size = needed_bytes(known[fits]) if fits else None
+            return {"batch_size": fits, "predicted_bytes": size, "confirmed": True, "exact": exact}
+        if guess > reach and reach < 2 * max(known):
             return {"batch_size": guess, "predicted_bytes": None, "confirmed": False, "exact": False}
-        if guess in known:
-            break
-    fits, _ = _sides(known, memory)
-    size = needed_bytes(known[fits]) if fits else None
-    return {"batch_size": fits, "predicted_bytes": size, "confirmed": True, "exact": exact}
+        guess = min(guess, reach)
 
 
 def _sides(known: Mapping[int, Prediction], memory: int) -> tuple[int, int]:
@@ -246,20 +243,21 @@ def _sides(known: Mapping[int, Prediction], memory: int) -> tuple[int, int]:
 
 
 def _next_guess(known: Mapping[int, Prediction], memory: int) -> int:
-    """Where the line through the two predictions nearest to the limit meets it."""
+    """Where a line meets the limit: the one between what fits and what does not, else through the two largest."""
     fits, over = _sides(known, memory)
-    near = sorted(known, key=lambda batch: abs(needed_bytes(known[batch]) - memory))[:2]
-    low, high = sorted(near)
+    *_, low, high = sorted(known) if fits not in known or over not in known else (fits, over)
     slope = (needed_bytes(known[high]) - needed_bytes(known[low])) / (high - low)
-    if slope <= 0:
+    if slope <= 0:  # reserved segments grow in steps
         return min(2 * max(known), over - 1)
     met = int(low + (memory - needed_bytes(known[low])) / slope)
-    return min(max(met, fits + 1, 1), over - 1)
+    return min(max(met, fits + 1), over - 1)
 
 
-def _grows(known: Mapping[int, Prediction]) -> bool:
-    """Whether a larger batch takes more operations (a method that works through it in slices)."""
-    return known[max(known)].events > known[min(known)].events
+def _reach(known: Mapping[int, Prediction], events: int) -> int:
+    """The largest batch whose prediction takes no more than so many events."""
+    *_, low, high = sorted(known)
+    slope = (known[high].events - known[low].events) / (high - low)
+    return _LARGEST_BATCH if slope <= 0 else int(high + (events - known[high].events) / slope)
 
 
 def _semantics(request: PlanRequest) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..adapters._base import CachedMethod, FittedMethod, Method
+from ..adapters._base import CachedMethod, FittedMethod, Method, PrefixMethod
 from ..cache.backbone import Backbone
 from ..cache.errors import SidebenchError
 from ..cache.examples import Examples
@@ -40,13 +40,14 @@ class Data:
     pooling: Pooling = "mean"
     examples: Examples | None = None
     lengths: tuple[int, ...] = field(default=(), repr=False)  # tokens per text, where a tokenizer is there
+    token_types: bool = False  # see Step
 
     def with_lengths(self, backbone: Backbone | None) -> "Data":
         """The same with the lengths of the texts, if there are texts and a tokenizer."""
         if backbone is None or self.examples is None or self.examples.modality == "image":
             return self
         prepared = backbone.preprocess.prepare([self.examples.load(i) for i in range(len(self.examples))])
-        return replace(self, lengths=tuple(len(ids) for ids in prepared))
+        return replace(self, lengths=tuple(len(ids) for ids in prepared), token_types=prepared[0].ndim == 2)
 
     @property
     def longest(self) -> int | None:
@@ -70,10 +71,8 @@ class CacheFacts:
             return self.backbone.resolve(self.capture.layers)
         wanted: list[str] = []
         for method in self.methods:
-            if isinstance(method, CachedMethod):
+            if isinstance(method, CachedMethod | FittedMethod | PrefixMethod):
                 wanted += method.layers(self.backbone.arch)
-            elif isinstance(method, FittedMethod):
-                wanted.append(self.backbone.arch.final_layer)
         return self.backbone.resolve(dict.fromkeys(wanted)) if wanted else self.backbone.layers
 
     def manifest(self, examples: int, rows: int | None = None) -> Manifest:
@@ -81,11 +80,10 @@ class CacheFacts:
         form, arch = self.step.form, self.backbone.arch
         reduction = reduction_of(form.tokens, arch, form.seed)
         length = text_tokens(self.backbone, self.step)
-        specs = []
-        for layer, (tokens, width) in layer_shapes(self.backbone, self.layers()).items():
-            specs.append(ActivationSpec(layer, *reduction.shape(tokens if length is None else None, width)))
+        shapes = layer_shapes(self.backbone, self.layers())
+        specs = [ActivationSpec(layer, *reduction.shape(*shape)) for layer, shape in shapes.items()]
         items = examples * (1 + form.views)
-        if length is not None and specs[0].tokens is None:
+        if length is not None and any(spec.tokens is None for spec in specs):
             kept = reduction.lengths(np.array([length]))
             assert kept is not None
             rows = items * int(kept[0]) if rows is None else rows

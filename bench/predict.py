@@ -6,7 +6,7 @@ Under CUDA semantics the figure is what a CUDA run would request; that is a pred
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,21 +15,23 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..adapters._base import Batch, Body, CachedMethod, LiveMethod, Method, trained
+from ..adapters._base import Batch, Body, CachedMethod, FittedMethod, LiveMethod, Method, PrefixMethod, trained
 from ..cache.backbone import Backbone
-from ..cache.block_weights import read_weights
+from ..cache.block_weights import BackboneWeights, read_weights
 from ..cache.configs import emptied, fake_mode, without_weights
 from ..cache.encode import encode, tensors_of
 from ..cache.errors import SidebenchError
 from ..cache.form import Form
 from ..cache.load import said
 from ..cache.reduction import reduction_of
+from ..cache.store import activations
+from ..cache.suffix import Suffix, entering_layer
 from .allocator import AllocatorPeaks, replay_allocator
 from .cuda_semantics import CudaSemantics, use_foreach
 from .learner import Learner
 from .tasks.base import Pooling
 from .tracker import Event, TrackedPeak, Tracker
-from .training import Settings, loss_of, make_optimizer
+from .training import Settings, loss_of, make_optimizer, optimizer_of
 
 _FEW = slice(0, 2)  # rows of the first step
 
@@ -46,6 +48,7 @@ class Step:
     form: Form = field(default_factory=Form)  # in which activations are cached
     max_length: int | None = None  # tokens of the longest text; None: the backbone's preprocessing says
     pooling: Pooling = "mean"
+    token_types: bool = False  # pairs of texts, whose backbone is told which is which
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,10 @@ def predict(method: Method, backbone: Backbone, step: Step) -> Prediction:
 
     Raises Unpredictable where the step depends on values, SidebenchError for what the method or a kernel refuses.
     """
-    if not isinstance(method, CachedMethod | LiveMethod):
+    if not isinstance(method, CachedMethod | PrefixMethod | LiveMethod):
         raise Unpredictable("it is not trained in steps")
-    if isinstance(method, LiveMethod) or fake_mode(backbone) is None:
-        backbone = without_weights(backbone)  # a live method changes it
+    if not isinstance(method, CachedMethod) or fake_mode(backbone) is None:
+        backbone = without_weights(backbone)  # a method that holds it changes it
     mode = fake_mode(backbone)
     assert mode is not None
     try:
@@ -89,22 +92,28 @@ def predict_copy(method: CachedMethod, learner: Learner, batch: Batch, step: Ste
     """The same for a cached method whose learner and batch are at hand: on fake copies, neither is touched."""
     shapes = {layer: (stored.shape[1], stored.shape[2]) for layer, stored in batch.activations.items()}
     with FakeTensorMode():
-        fake = cached_batch(shapes, len(batch.mask), step.form)
-        targets = torch.zeros(len(batch.mask), dtype=torch.int64)
+        lead = next(layer for layer in shapes if layer not in batch.masks)
+        fake = cached_batch(shapes, len(batch.mask), step.form, lead)
+        targets = blank_targets(len(batch.mask), step.num_outputs)
         return _run(emptied(learner, {}), fake, targets, step, method)
 
 
 def _run(learner: Learner, batch: Batch, targets: Tensor, step: Step, method: Method) -> Prediction:
     """The steps of `track`."""
     learner.train()
-    settings = Settings(0, 1, step.batch_size, method.config.lr, method.config.weight_decay, step.precision)
+    config = method.config
+    settings = Settings(
+        0, 1, step.batch_size, config.lr, config.weight_decay, step.precision, optimizer=optimizer_of(method)
+    )
 
     def loss(rows: slice) -> Tensor:
         return loss_of(learner, batch.rows(rows), targets[rows], step.precision)
 
+    with building():  # bitsandbytes looks at the values of its code book
+        optimizer = make_optimizer(learner, settings)
     peak, allocator, events = predict_steps(
         learner,
-        make_optimizer(learner, settings),
+        optimizer,
         [targets, *_tensors(batch)],
         loss,
         semantics=step.semantics,
@@ -186,19 +195,28 @@ def _leave_on_host(tracker: Tracker, optimizer: torch.optim.Optimizer) -> None:
     tracker.events[:] = [e._replace(delta_bytes=0) if e.storage in host else e for e in tracker.events]
 
 
-def _learner(method: CachedMethod | LiveMethod, backbone: Backbone, step: Step) -> Learner:
+def _learner(method: CachedMethod | PrefixMethod | LiveMethod, backbone: Backbone, step: Step) -> Learner:
     with building():
         if isinstance(method, CachedMethod):
             arch = reduction_of(step.form.tokens, backbone.arch, step.form.seed).seen
             widths = {layer: shape[-1] for layer, shape in kept_shapes(method, backbone, step).items()}
-            # Fake weights: shapes are all that an initialisation can change of a byte.
-            body: Body = method.build(arch, widths, lambda: read_weights(backbone))
+            body: Body = method.build(arch, widths, lambda: _fake_weights(backbone))
+        elif isinstance(method, PrefixMethod):
+            arch, body = backbone.arch, method.build(Suffix(backbone, method.first_block(backbone.arch)))
         else:
-            arch, body = backbone.arch, method.build(backbone)
+            arch, body = backbone.arch, method.network(backbone)
         return Learner(body, step.num_outputs, step.pooling, arch.prefix_tokens)
 
 
-def kept_shapes(method: CachedMethod, backbone: Backbone, step: Step) -> dict[str, tuple[int, int]]:
+def _fake_weights(backbone: Backbone) -> BackboneWeights:
+    """Shapes are all that an initialisation can change of a byte."""
+    weights = read_weights(backbone)
+    return replace(weights, importance=weights)
+
+
+def kept_shapes(
+    method: CachedMethod | FittedMethod | PrefixMethod, backbone: Backbone, step: Step
+) -> dict[str, tuple[int, int]]:
     """(T, D) of one example per layer that the method reads, as it is kept."""
     seen = reduction_of(step.form.tokens, backbone.arch, step.form.seed).seen
     return {layer: kept_shape(backbone, layer, step) for layer in method.layers(seen)}
@@ -208,8 +226,7 @@ def kept_shape(backbone: Backbone, layer: str, step: Step) -> tuple[int, int]:
     """(T, D) of one example of a layer, as it is kept; a text has the longest's tokens."""
     reduction = reduction_of(step.form.tokens, backbone.arch, step.form.seed)
     length = text_tokens(backbone, step)
-    tokens, width = layer_shapes(backbone, [layer])[layer]
-    kept, kept_width = reduction.shape(tokens if length is None else None, width)
+    kept, kept_width = reduction.shape(*layer_shapes(backbone, [layer])[layer])
     if kept is None:
         lengths = reduction.lengths(np.array([length]))
         assert lengths is not None
@@ -217,42 +234,56 @@ def kept_shape(backbone: Backbone, layer: str, step: Step) -> tuple[int, int]:
     return kept, kept_width
 
 
-def layer_shapes(backbone: Backbone, layers: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """(T, D) of one example per layer; T of a text is that of the dummy. `backbone` may be a fake one."""
+def layer_shapes(backbone: Backbone, layers: Sequence[str]) -> dict[str, tuple[int | None, int]]:
+    """(T, D) of one example per layer; T is None where it is the text's. `backbone` may be a fake one."""
     with fake_mode(backbone) or nullcontext():
-        found = backbone.capture(backbone.preprocess.dummy(backbone.device), layers)
-    return {layer: (found[layer].shape[1], found[layer].shape[2]) for layer in layers}
+        return backbone.shapes(layers)
 
 
-def batch_for(method: CachedMethod | LiveMethod, backbone: Backbone, step: Step) -> tuple[Batch, Tensor]:
+def batch_for(method: CachedMethod | PrefixMethod | LiveMethod, backbone: Backbone, step: Step) -> tuple[Batch, Tensor]:
     """What the method would be given, and the targets (B,)."""
-    if isinstance(method, CachedMethod):
-        batch = cached_batch(kept_shapes(method, backbone, step), step.batch_size, step.form)
+    if isinstance(method, CachedMethod | PrefixMethod):
+        final, shapes = backbone.final_layer, kept_shapes(method, backbone, step)
+        lead = final if final in shapes else list(shapes)[-1]
+        batch = cached_batch(shapes, step.batch_size, step.form, lead)
+        if isinstance(method, PrefixMethod):
+            batch = batch.entering(entering_layer(method.first_block(backbone.arch)))
     else:
-        batch = _live_batch(backbone, step.batch_size, text_tokens(backbone, step))
-    return batch, torch.zeros(step.batch_size, dtype=torch.int64)
+        batch = _live_batch(backbone, step.batch_size, text_tokens(backbone, step), step.token_types)
+    return batch, blank_targets(step.batch_size, step.num_outputs)
 
 
-def cached_batch(shapes: Mapping[str, tuple[int, int]], batch_size: int, form: Form) -> Batch:
-    """A batch as `CachedSource` yields it from a store of this form; `shapes`: (T, D) per layer."""
+def blank_targets(examples: int, num_outputs: int) -> Tensor:
+    """Targets (N,) of the right type: one output is a number's, several are classes'."""
+    return torch.zeros(examples, dtype=torch.float32 if num_outputs == 1 else torch.int64)
+
+
+def cached_batch(shapes: Mapping[str, tuple[int, int]], batch_size: int, form: Form, lead: str) -> Batch:
+    """A batch as `CachedSource` yields it from a store of this form, with the mask of the layer `lead`.
+
+    shapes: (T, D) per layer.
+    """
     states = {}
     for layer, shape in shapes.items():
         channels = torch.zeros(shape[-1], 2) if form.per_channel else None
         states[layer] = encode(torch.zeros(batch_size, *shape), form, channels)
-    tokens = max(shape[0] for shape in shapes.values())
-    return Batch(torch.ones((batch_size, tokens), dtype=torch.bool), states)
+    read = activations(states, lead)
+    return Batch(read.mask, read.layers, masks=read.masks)
 
 
-def _live_batch(backbone: Backbone, batch_size: int, length: int | None) -> Batch:
+def _live_batch(backbone: Backbone, batch_size: int, length: int | None, token_types: bool) -> Batch:
     """A batch as `LiveSource` yields it. A fake mask has no values, so transformers cannot leave it out."""
     dummy = backbone.preprocess.dummy(backbone.device)
-    inputs = {}
+    inputs, longest = {}, max(one.shape[1] for one in dummy.values())
     for name, one in dummy.items():
-        shape = one.shape[1:] if length is None else (length, *one.shape[2:])
+        follows = length is not None and one.shape[1] == longest
+        shape = (length, *one.shape[2:]) if follows else one.shape[1:]
         inputs[name] = torch.zeros((batch_size, *shape), dtype=one.dtype)
-    if length is None:
-        length = layer_shapes(backbone, [backbone.final_layer])[backbone.final_layer][0]
-    return Batch(torch.ones((batch_size, length), dtype=torch.bool), inputs=inputs)
+    if token_types:
+        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    tokens = layer_shapes(backbone, [backbone.final_layer])[backbone.final_layer][0] or length
+    assert tokens is not None
+    return Batch(torch.ones((batch_size, tokens), dtype=torch.bool), inputs=inputs)
 
 
 def text_tokens(backbone: Backbone, step: Step) -> int | None:
@@ -264,7 +295,7 @@ def text_tokens(backbone: Backbone, step: Step) -> int | None:
 
 def _tensors(batch: Batch) -> list[Tensor]:
     stored = [part for layer in batch.activations.values() for part in tensors_of(layer)]
-    return [batch.mask, *stored, *batch.inputs.values()]
+    return [batch.mask, *batch.masks.values(), *stored, *batch.inputs.values()]
 
 
 class _TrueStatistics(TorchDispatchMode):

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapters._base import Batch, CachedMethod, FittedMethod, LiveMethod, Method
+from ..adapters._base import Batch, CachedMethod, FittedMethod, LiveMethod, Method, PrefixMethod
 from ..cache.backbone import Backbone
 from ..cache.form import Form
 from .learner import Learner
@@ -20,7 +20,7 @@ def with_prediction(
 ) -> Memory:
     """`memory` with the requested bytes predicted for a training step on `batch`.
 
-    fake: the backbone before a live method changed it, without weights; None for a cached method.
+    fake: the backbone before the method changed it, without weights; None for a cached method.
     """
     step = Step(
         batch_size=len(batch.mask),
@@ -28,14 +28,15 @@ def with_prediction(
         precision=job.precision,
         semantics=_semantics(job),
         form=form,
-        max_length=batch.mask.shape[1],
+        max_length=_text_tokens(batch),
         pooling="cls" if job.pooling == "cls" else "mean",
+        token_types="token_type_ids" in batch.inputs,
     )
 
     def predicted() -> Prediction:
         if isinstance(method, CachedMethod):
             return predict_copy(method, learner, batch, step)
-        assert isinstance(method, LiveMethod)
+        assert isinstance(method, LiveMethod | PrefixMethod)
         assert fake is not None
         return predict(method, fake, step)
 
@@ -50,6 +51,11 @@ def with_fit_prediction(memory: Memory, job: Job, method: FittedMethod, features
         memory,
         lambda: predict_fit(method, examples=examples, width=width, num_outputs=job.num_outputs, semantics=semantics),
     )
+
+
+def _text_tokens(batch: Batch) -> int:
+    """Tokens of the longest text, as the backbone takes it."""
+    return max((given.shape[1] for given in batch.inputs.values() if given.ndim == 2), default=batch.mask.shape[1])
 
 
 def _semantics(job: Job) -> str:

@@ -119,15 +119,13 @@ def store_for(
 
 
 def _with_layers(manifest: Manifest, layers: tuple[str, ...]) -> Manifest:
-    from dataclasses import replace
-
     lacking = missing_layers(layers, manifest)
     if lacking:
         raise SidebenchError(
             f"--layers keeps {', '.join(manifest.layers)}, but the methods also read {', '.join(lacking)}; "
             "leave --layers out, or add them."
         )
-    return replace(manifest, specs=tuple(spec for spec in manifest.specs if spec.layer in layers))
+    return manifest.only(layers)
 
 
 def resolve_device(text: str, say: Say) -> torch.device:

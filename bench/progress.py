@@ -64,6 +64,12 @@ class Display:
         elif kind == "tier" and event["why"] not in self._said:
             self._said.add(event["why"])
             self.say(f"{name}: cache {event['why']}")
+        elif kind == "initialisation":
+            took = f"{event['seconds']:.1f} s and {event['peak_tracked_bytes'] / 2**20:.1f} MiB tracked"
+            self.say(
+                f"{name}: back-propagated through the whole backbone over {event['examples']} training examples to "
+                f"initialise, {took}; once, and in no other figure of the run"
+            )
         elif kind == "reused":
             self.say(f"{name}: finished before, reused")
         elif kind == "started":

@@ -6,6 +6,7 @@ from typing import Any
 
 from .compare import Outcome
 from .table import Compared
+from .tasks.score import ACCURACY
 
 Row = Mapping[str, Any]
 # What Markdown (with GitHub's tables and formulas) reads as markup; an underscore inside a word is none.
@@ -21,10 +22,7 @@ _NO_AUGMENTATION = (
     "methods often use both."
 )
 
-COLUMNS = (
-    "method",
-    "kind",
-    "score %",
+_SHARED_COLUMNS = (
     "95 % over seeds",
     "95 % over test examples",
     "trained params",
@@ -34,6 +32,11 @@ COLUMNS = (
     "train s",
     "examples/s",
 )
+
+
+def columns(score_name: str) -> tuple[str, ...]:
+    """The heads of the table."""
+    return ("method", "kind", f"{score_name} %", *_SHARED_COLUMNS)
 
 
 def cells(row: Row) -> list[str]:
@@ -66,10 +69,11 @@ def skipped(outcome: Outcome) -> list[str]:
 
 def verdicts(outcome: Outcome, compared: Sequence[Compared]) -> list[str]:
     """A sentence per method against the reference."""
+    test = "sign-flip" if outcome.score_name == ACCURACY else "swap"
     return [
         f"{c.method} {'shows no difference from' if c.verdict == 'no difference shown' else c.verdict} {c.against}: "
         f"{100 * c.difference:+.2f} points, 95 % paired bootstrap interval [{100 * c.ci95[0]:+.2f}, "
-        f"{100 * c.ci95[1]:+.2f}], sign-flip permutation p = {c.p_value:.4f}, {c.p_adjusted:.4f} after Holm over "
+        f"{100 * c.ci95[1]:+.2f}], {test} permutation p = {c.p_value:.4f}, {c.p_adjusted:.4f} after Holm over "
         f"{len(compared)}; {outcome.sizes['test']} test examples, {len(outcome.request.seeds)} seeds."
         for c in compared
     ]
@@ -81,7 +85,8 @@ def markdown(outcome: Outcome, rows: Sequence[Row], compared: Sequence[Compared]
         f"# {_text(outcome.request.inputs.backbone)} on {_text(outcome.request.inputs.task)}",
         _protocol(outcome),
         "## Results",
-        _table(COLUMNS, [cells(row) for row in rows]),
+        _table(columns(outcome.score_name), [cells(row) for row in rows]),
+        *_score_parts(outcome, rows),
         _legend(),
     ]
     for title, lines in (("## Failed", failures(rows)), ("## Skipped", skipped(outcome))):
@@ -94,6 +99,18 @@ def markdown(outcome: Outcome, rows: Sequence[Row], compared: Sequence[Compared]
         parts += ["## Activation cache", _cache(outcome.store)]
     parts += ["## Learning rates", _rates(outcome, rows), "## World", _world(outcome)]
     return "\n\n".join(parts) + "\n"
+
+
+def _score_parts(outcome: Outcome, rows: Sequence[Row]) -> list[str]:
+    """What a score that is a mean of figures is made of."""
+    scored = {row["method"]: row["score"]["parts"] for row in rows if row["score"]}
+    if not any(len(parts) > 1 for parts in scored.values()):
+        return []
+    listed = [
+        f"{method}: " + ", ".join(f"{name} {100 * value:.2f}" for name, value in parts.items())
+        for method, parts in scored.items()
+    ]
+    return [f"{_text(outcome.score_name)} is the mean of the two, which are, as means over seeds:", _list(listed)]
 
 
 def _protocol(outcome: Outcome) -> str:
@@ -120,7 +137,7 @@ def _unconverged(outcome: Outcome) -> str:
 def _legend() -> str:
     return (
         "Tracked peak: exact bytes of live tensors in one training step on the longest batch, steady state; includes "
-        "weights, gradients, optimizer and batch (linear_probe: its solver with a full history, an upper bound). "
+        "weights, gradients, optimizer and batch (of a method solved at once: its solver with a full history, an upper bound). "
         "Device peak: CUDA's max_memory_allocated. Host growth: sampled "
         "anonymous resident memory above its level before the step, so weights are not in it; corroboration, not a "
         "result. These are different kinds of figure; compare within a column. Train s and examples/s leave evaluation "
@@ -240,14 +257,14 @@ def _interval(interval: Sequence[float] | None) -> str:
     return "" if interval is None else f"{100 * interval[0]:.2f} to {100 * interval[1]:.2f}"
 
 
-def print_table(rows: Sequence[Row]) -> None:
+def print_table(rows: Sequence[Row], score_name: str) -> None:
     """The table on stdout, as wide as it needs to be where stdout is no terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*COLUMNS, box=box.SIMPLE)
+    table = Table(*columns(score_name), box=box.SIMPLE)
     for row in rows:
         table.add_row(*map(Text, cells(row)))  # a name is text, never rich's markup
     console = Console()

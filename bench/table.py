@@ -7,12 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .compare import Outcome
 from .record import RunRecord, read_predictions
-from .stats import bootstrap_interval, holm, paired_test, t_interval, verdict_of
-from .training import correct
+from .stats import (
+    PairedResult,
+    bootstrap_interval,
+    bootstrap_score,
+    holm,
+    paired_score_test,
+    paired_test,
+    t_interval,
+    verdict_of,
+)
+from .tasks.score import ACCURACY, Numbers, Score, score_named
 
 REFERENCE = "linear_probe"  # what every method is tested against, where it was run: the bar to beat
 _STATISTICS_SEED = 0
@@ -49,13 +57,13 @@ def rows(outcome: Outcome) -> list[dict[str, Any]]:
 
 def comparisons(outcome: Outcome) -> list[Compared]:
     """Every method against the reference by a paired test, adjusted for their number."""
-    scores = {method: _per_example(outcome, method) for method in outcome.records}
+    scores = {method: _predictions(outcome, method) for method in outcome.records}
     complete = {method: found for method, found in scores.items() if found is not None}
     if len(complete) < 2:
         return []
     reference = REFERENCE if REFERENCE in complete else next(iter(complete))
     others = [method for method in complete if method != reference]
-    results = [paired_test(complete[method], complete[reference], _STATISTICS_SEED) for method in others]
+    results = [_tested(outcome, complete[method], complete[reference]) for method in others]
     adjusted = holm([result.p_value for result in results])
     found = []
     for method, result, p in zip(others, results, adjusted, strict=True):
@@ -89,7 +97,7 @@ def _row(outcome: Outcome, method: str, records: Sequence[RunRecord]) -> dict[st
     row |= {key: _largest(measured, key) for key in _PEAKS}
     for key in ("train_seconds", "eval_seconds", "examples_per_second"):
         row[key] = statistics.mean(m[key] for m in measured) if measured else None
-    cached = outcome.store is not None and kind == "cached"
+    cached = outcome.store is not None and kind != "live"
     row |= {
         "shots": None,
         "lr": first.get("lr"),
@@ -101,28 +109,55 @@ def _row(outcome: Outcome, method: str, records: Sequence[RunRecord]) -> dict[st
     }
     if measured and not errors:
         values = [float(m["score"]) for m in measured]
-        per_example = _per_example(outcome, method)
+        predictions = _predictions(outcome, method)
         row["score"] = {
             "name": outcome.score_name,
             "mean": statistics.mean(values),
             "ci95": _list(t_interval(values)),
-            "test_ci95": None
-            if per_example is None
-            else _list(bootstrap_interval(per_example.mean(0), _STATISTICS_SEED)),
+            "test_ci95": None if predictions is None else _list(_interval(outcome, *predictions)),
             "values": values,
+            "parts": _parts(measured),
         }
     return row
 
 
-def _per_example(outcome: Outcome, method: str) -> NDArray[np.float64] | None:
-    """(seeds, N) right or wrong per test example; None when a run of the method failed."""
-    found = []
+def _parts(measured: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean over seeds of every figure that the score is made of."""
+    names = measured[0].get("scores") or {}
+    return {name: statistics.mean(m["scores"][name] for m in measured) for name in names}
+
+
+def _interval(outcome: Outcome, predicted: Numbers, targets: Numbers) -> tuple[float, float]:
+    if outcome.score_name == ACCURACY:
+        return bootstrap_interval((predicted == targets).mean(0), _STATISTICS_SEED)
+    score = score_named(outcome.score_name)
+    return bootstrap_score(score.weighted, predicted, targets, _STATISTICS_SEED, draws=_draws(score))
+
+
+def _tested(outcome: Outcome, ours: tuple[Numbers, Numbers], theirs: tuple[Numbers, Numbers]) -> PairedResult:
+    """Accuracy is a mean over examples, whose test needs only what each one adds to it."""
+    (a, targets), (b, _) = ours, theirs
+    if outcome.score_name == ACCURACY:
+        return paired_test(a == targets, b == targets, _STATISTICS_SEED)
+    score = score_named(outcome.score_name)
+    return paired_score_test(score.weighted, a, b, targets, _STATISTICS_SEED, draws=_draws(score))
+
+
+def _draws(score: Score) -> int:
+    """Numbers are ranked anew in every draw; classes are but counted."""
+    return 2_000 if score.of_numbers else 10_000
+
+
+def _predictions(outcome: Outcome, method: str) -> tuple[Numbers, Numbers] | None:
+    """(seeds, N) what is scored per test example, and the targets (N,); None when a run of the method failed."""
+    score, found = score_named(outcome.score_name), []
+    targets = np.empty(0)
     for record, path in zip(outcome.records[method], _files_of(outcome, method), strict=True):
         if record.measured is None:
             return None
         logits, targets = read_predictions(path.with_suffix(".npz"))
-        found.append(correct(logits, targets))
-    return np.stack(found)
+        found.append(score.read(logits))
+    return np.stack(found), targets.astype(np.float64)
 
 
 def _files_of(outcome: Outcome, method: str) -> list[Path]:

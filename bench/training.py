@@ -6,16 +6,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..adapters._base import Batch, trained
+from ..adapters._base import Batch, Method, task_loss, trained
 from ..cache.errors import SidebenchError
 from ..cache.feed import batches_of, drawn_views, epoch_order
 from ..cache.store import Index
 from .learner import Learner, Source
+from .tasks.score import ACCURACY, score_named
 
 WARM_UP = 0.1  # share of the steps in which the learning rate rises linearly; the same for every method
 
@@ -26,7 +25,7 @@ class Diverged(SidebenchError):
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run trains; equal for all methods but for the learning rate and weight decay."""
+    """How a run trains; equal for all methods but for what their Config states of the optimiser."""
 
     seed: int
     epochs: int
@@ -34,6 +33,8 @@ class Settings:
     lr: float
     weight_decay: float
     precision: str  # "fp32" | "bf16"
+    score: str = ACCURACY  # what the epoch is selected by
+    optimizer: str = "adamw"  # "adamw" | "adamw8bit"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def train(
 ) -> Trained:
     """Train and keep the epoch that is best on validation (the earliest of equals).
 
-    targets: (N,) class indices of all examples. Raises Diverged when the loss is not finite.
+    targets: (N,) class indices, or numbers, of all examples. Raises Diverged when the loss is not finite.
     """
     optimizer = make_optimizer(learner, settings)
     steps = settings.epochs * math.ceil(len(train_index) / settings.batch_size)
@@ -88,7 +89,7 @@ def train(
             raise Diverged(
                 f"the loss is {losses[-1]} in epoch {epoch + 1} at learning rate {settings.lr:g}; try a smaller --lr."
             )
-        score = accuracy(predict(learner, source, val_index, settings), targets[val_index])
+        score = score_of(settings.score, predict(learner, source, val_index, settings), targets[val_index])
         progress({"epoch": epoch + 1, "epochs": settings.epochs, "loss": losses[-1], "val_score": score})
         if best is None or score > best[0]:
             best = (score, epoch, snapshot(learner))
@@ -97,17 +98,26 @@ def train(
     return Trained(best[2], best[1], best[0], train_seconds, speed, losses)
 
 
+def optimizer_of(method: Method) -> str:
+    """The optimiser that the method's Config chooses, where it offers a choice."""
+    return str(getattr(method.config, "optimizer", "adamw"))
+
+
 def make_optimizer(learner: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW over what is trained."""
+    """AdamW over what is trained; bitsandbytes' where its state is to be kept in 8 bits."""
     parameters = list(trained(learner).values())
+    if settings.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
 
 
 def loss_of(learner: Learner, batch: Batch, targets: Tensor, precision: str) -> Tensor:
-    """Mean cross-entropy of one batch."""
+    """The task's mean loss of one batch."""
     with autocast(targets.device, precision):
         logits = learner(batch)
-    return nn.functional.cross_entropy(logits.float(), targets)
+    return task_loss(logits.float(), targets)
 
 
 def predict(learner: Learner, source: Source, index: Index, settings: Settings) -> Tensor:
@@ -123,25 +133,25 @@ def predict(learner: Learner, source: Source, index: Index, settings: Settings) 
 
 
 def snapshot(learner: nn.Module) -> dict[str, Tensor]:
-    """Copies of the trained tensors, on the host: on the device they would count as memory of the method."""
-    return {name: p.detach().to("cpu", copy=True) for name, p in trained(learner).items()}
+    """Copies of what training changes, on the host: on the device they would count as memory of the method."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in _changing(learner).items()}
 
 
 def load_trained(learner: nn.Module, state: dict[str, Tensor]) -> None:
     """Put a snapshot back, in place."""
     with torch.no_grad():
-        for name, parameter in trained(learner).items():
-            parameter.copy_(state[name])
+        for name, tensor in _changing(learner).items():
+            tensor.copy_(state[name])
 
 
-def accuracy(logits: Tensor, targets: Tensor) -> float:
-    """Share of examples whose largest logit is the target's."""
-    return float((logits.argmax(1) == targets).double().mean())
+def _changing(learner: nn.Module) -> dict[str, Tensor]:
+    """What is trained, and the buffers: a batch norm's running statistics are those of its epoch."""
+    return {**trained(learner), **dict(learner.named_buffers())}
 
 
-def correct(logits: NDArray[np.float32], targets: Index) -> NDArray[np.float64]:
-    """(N,) 1 where right, 0 where wrong: the per-example score that paired tests compare."""
-    return (logits.argmax(1) == targets).astype(np.float64)
+def score_of(name: str, outputs: Tensor, targets: Tensor) -> float:
+    """The task's score of outputs (N, K)."""
+    return score_named(name).value(outputs.float().cpu().numpy(), targets.cpu().numpy())
 
 
 def cosine(step: int, steps: int) -> float:

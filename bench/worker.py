@@ -5,6 +5,7 @@ what its method needs: a cached run loads neither transformers nor the data. Eve
 """
 
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -15,18 +16,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..adapters._base import Body, CachedMethod, FittedMethod, LiveMethod, Method, trained
+from ..adapters._base import Body, CachedMethod, FittedMethod, LiveMethod, Method, PrefixMethod, WeightsLoader, trained
 from ..adapters._registry import config_facts, find_method
 from ..cache.backbone import Backbone
 from ..cache.block_weights import BackboneWeights, read_weights
 from ..cache.errors import SidebenchError
-from ..cache.feed import all_views
+from ..cache.feed import all_views, epoch_order
 from ..cache.form import Form
 from ..cache.home import home
 from ..cache.memory_store import place, tier_named
 from ..cache.store import Index
+from ..cache.suffix import Suffix, entering_layer
 from ..cache.zarr_store import ZarrStore
 from .device_memory import DeviceMeter
 from .environment import environment
@@ -35,7 +38,8 @@ from .measure import Memory, measure_fit, measure_training
 from .predicted import with_fit_prediction, with_prediction
 from .record import Cost, Job, RunRecord, replacing, write_json, write_predictions
 from .tasks.base import Pooling, Split
-from .training import Diverged, Settings, accuracy, load_trained, predict, snapshot, train
+from .tasks.score import score_named
+from .training import Diverged, Settings, load_trained, optimizer_of, predict, score_of, snapshot, train
 
 SPLIT = "split.npz"
 
@@ -60,7 +64,9 @@ def run(job: Job, folder: Path) -> None:
     split = read_split(folder / SPLIT)
     if isinstance(method, FittedMethod):
         return _run_fitted(job, method, split, device_meter, folder)
-    learner, source, ids, all_targets, fake = _assemble(job, method, device)
+    initial = _Initial(job, method, split.train, device)
+    learner, source, ids, all_targets, fake = _assemble(job, method, device, initial)
+    all_targets = job.targets(all_targets)
     targets = torch.from_numpy(all_targets).to(device)
     settings = _settings(job, method, job.lrs[0])
     index = longest_batch(split.train, source.lengths(), job.batch_size)
@@ -90,6 +96,7 @@ def run(job: Job, folder: Path) -> None:
         eval_seconds = time.perf_counter() - begun
         cost = _cost(learner, learner.head, memory, found.train_seconds, eval_seconds, found.examples_per_second)
         chosen = {"lr": lr, "best_epoch": found.best_epoch + 1, "val_score": found.val_score, "losses": found.losses}
+        chosen |= initial.facts
         _write(job, folder, method, split.test, ids, logits, all_targets, cost, {**chosen, **placed})
     return None
 
@@ -119,9 +126,9 @@ def _form(source: Source) -> Form:
 
 
 def _assemble(
-    job: Job, method: Method, device: torch.device
+    job: Job, method: Method, device: torch.device, weights: WeightsLoader
 ) -> tuple[Learner, Source, tuple[str, ...], Index, Backbone | None]:
-    """The learner and its batches; of a live method the backbone before it, without weights.
+    """The learner and its batches; of a method that changes the backbone, the backbone before it without weights.
 
     Seeded here and nowhere else, so every method draws from the same start.
     """
@@ -131,9 +138,11 @@ def _assemble(
         layers = method.layers(store.architecture)
         widths = {spec.layer: spec.width for spec in store.manifest.specs}
         with seeded(job.seed):
-            body = method.build(store.architecture, widths, lambda: _weights(job))
+            body = method.build(store.architecture, widths, weights)
             learner = _learner(job, body, store.architecture.prefix_tokens).to(device)
         return learner, CachedSource(store, layers, device, store.lengths(), job.views), store.ids, store.targets, None
+    if isinstance(method, PrefixMethod):
+        return _assemble_suffix(job, method, device)
     assert isinstance(method, LiveMethod)
     from ..cache.configs import without_weights
     from .tasks.load import load_task
@@ -143,8 +152,27 @@ def _assemble(
     fake = without_weights(backbone)
     source = LiveSource(backbone, task, views=job.views, view_seed=job.view_seed)
     with seeded(job.seed):
-        learner = _learner(job, method.build(backbone), backbone.arch.prefix_tokens).to(device)
+        learner = _learner(job, method.network(backbone), backbone.arch.prefix_tokens).to(device)
     return learner, source, task.examples.ids, task.examples.targets, fake
+
+
+def _assemble_suffix(
+    job: Job, method: PrefixMethod, device: torch.device
+) -> tuple[Learner, Source, tuple[str, ...], Index, Backbone]:
+    from ..cache.configs import without_weights
+
+    assert job.store is not None
+    store = ZarrStore(Path(job.store))
+    first = method.first_block(store.architecture)
+    backbone = _backbone(job, torch.device("cpu"))  # whole on the host alone: the device sees the kept blocks
+    fake = without_weights(backbone)
+    suffix = Suffix(backbone, first)
+    suffix.module.to(device)
+    with seeded(job.seed):
+        learner = _learner(job, method.build(suffix), suffix.arch.prefix_tokens).to(device)
+    layers = method.layers(store.architecture)
+    source = CachedSource(store, layers, device, store.lengths(), job.views, entering_layer(first))
+    return learner, source, store.ids, store.targets, fake
 
 
 def _learner(job: Job, body: Body, prefix_tokens: int) -> Learner:
@@ -156,9 +184,11 @@ def _run_fitted(job: Job, method: FittedMethod, split: Split, device_meter: Devi
     assert job.store is not None
     device = torch.device(job.device)
     store = ZarrStore(Path(job.store))
-    all_targets = store.targets
+    all_targets = job.targets(store.targets)
     column = 0 if job.pooling == "cls" else 1
-    features = store.pooled(store.architecture.final_layer)[:, column].float().to(device)  # (N, D)
+    pooled = {layer: store.pooled(layer) for layer in method.layers(store.architecture)}
+    features = method.features(pooled, column).to(device)  # (N, D)
+    del pooled
     targets = torch.from_numpy(all_targets).to(device)
 
     def part(index: Index) -> tuple[Tensor, Tensor]:
@@ -169,6 +199,7 @@ def _run_fitted(job: Job, method: FittedMethod, split: Split, device_meter: Devi
     memory = measure_fit(method, part(train), job.num_outputs, device_meter)
     memory = with_fit_prediction(memory, job, method, part(train)[0])
     begun = time.perf_counter()
+    method.score = functools.partial(score_of, job.score)
     module, chosen = method.fit(part(train), part(split.val), job.num_outputs)
     train_seconds = time.perf_counter() - begun
     begun = time.perf_counter()
@@ -202,20 +233,24 @@ def _write(
     test: Index,
     ids: tuple[str, ...],
     logits: Tensor,
-    targets: Index,
+    targets: NDArray[Any],
     cost: Cost,
     chosen: Mapping[str, Any],
 ) -> None:
     """Predictions first, the record last: a record means that the run is whole."""
-    score = accuracy(logits, torch.from_numpy(targets[test]))
+    scores = score_named(job.score).measured(logits.numpy(), targets[test])
     write_predictions(folder / f"{job.stem}.npz", tuple(ids[i] for i in test), logits.numpy(), targets[test])
     asked = {**asdict(job), "config": config_facts(method)}
-    measured = {"score": score, **asdict(cost), **chosen}
+    score = sum(scores.values()) / len(scores)
+    measured = {"score": score, "scores": scores, **asdict(cost), **chosen}
     write_json(folder / f"{job.stem}.json", asdict(RunRecord(asked, measured, environment())))
 
 
 def _settings(job: Job, method: Method, lr: float) -> Settings:
-    return Settings(job.seed, job.epochs, job.batch_size, lr, method.config.weight_decay, job.precision)
+    optimizer = optimizer_of(method)
+    return Settings(
+        job.seed, job.epochs, job.batch_size, lr, method.config.weight_decay, job.precision, job.score, optimizer
+    )
 
 
 def _backbone(job: Job, device: torch.device) -> Backbone:
@@ -224,8 +259,31 @@ def _backbone(job: Job, device: torch.device) -> Backbone:
     return load_backbone(job.backbone, home=home(), device=device, image_size=job.image_size, max_length=job.max_length)
 
 
-def _weights(job: Job) -> BackboneWeights:
-    return read_weights(_backbone(job, torch.device("cpu")))  # the backbone itself is gone when this returns
+class _Initial:
+    """The WeightsLoader of a run; `facts`: what the record says of it, where it did more than read."""
+
+    def __init__(self, job: Job, method: Method, train: Index, device: torch.device) -> None:
+        self._job, self._train, self._device = job, train, device
+        self._examples = method.gradient_examples if isinstance(method, CachedMethod) else 0
+        self.facts: dict[str, Any] = {}
+
+    def __call__(self) -> BackboneWeights:
+        if not self._examples:
+            return read_weights(_backbone(self._job, torch.device("cpu")))  # which is gone when this returns
+        from .importance import squared_gradients
+        from .tasks.load import load_task
+
+        job = self._job
+        backbone = _backbone(job, self._device)
+        task = load_task(job.task, home=home(), limit=job.limit, say=lambda _: None)
+        targets = torch.from_numpy(job.targets(task.examples.targets)).to(self._device)
+        order = epoch_order(self._train, seed=job.seed, epoch=0)[: self._examples]
+        pooling: Pooling = "cls" if job.pooling == "cls" else "mean"
+        with seeded(job.seed):
+            found = squared_gradients(backbone, LiveSource(backbone, task), targets, order, job.num_outputs, pooling)
+        self.facts = {"initialisation": found.facts()}
+        emit("initialisation", **found.facts())
+        return found.weights
 
 
 class seeded:

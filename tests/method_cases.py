@@ -2,22 +2,24 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sidebench.adapters._base import Batch, Body, CachedMethod, FittedMethod, LiveMethod, Method, trained
+from sidebench.adapters._base import Batch, Body, CachedMethod, FittedMethod, LiveMethod, Method, PrefixMethod, trained
 from sidebench.adapters._registry import find_method, known_methods
 from sidebench.cache.backbone import Backbone
-from sidebench.cache.block_weights import read_weights
+from sidebench.cache.block_weights import BackboneWeights, read_weights
 from sidebench.cache.pooling import masked_mean
 from sidebench.cache.store import LiveStore
+from sidebench.cache.suffix import Suffix, entering_layer
 
 FAMILIES = ("bert", "vit", "dinov2", "clip_vision", "clip_text")
 TEXT_FAMILIES = ("bert", "clip_text")
+FREE = {"lst": (("keep", "1"),)}  # options that change the network and take any text
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,15 @@ def _choices(name: str) -> Iterator[Case]:
     config_class = find_method(name).cls.Config
     hints = get_type_hints(config_class)
     for field in fields(config_class):
+        if field.name in ("checkpointing", "optimizer"):
+            continue  # of every live method: tests/test_live_options.py
         hint = hints[field.name]
         values = get_args(hint) if get_origin(hint) is Literal else ("true", "false") if hint is bool else ()
         for value in values:
             if value != str(field.default).lower():
                 yield Case(name, ((field.name, value),))
+    for setting in FREE.get(name, ()):
+        yield Case(name, (setting,))
 
 
 class Run:
@@ -61,7 +67,9 @@ class Run:
         self.body = build(method, self.backbone)
         generator = torch.Generator().manual_seed(seed)
         self.head = torch.randn(classes, self.body.width, generator=generator)
-        self.optimizer = torch.optim.AdamW(trained(self.body).values(), lr=1e-2)
+        # Weights as small as BERT begins with do not stand steps of half their size.
+        lr = 3e-3 if getattr(method.config, "form", None) == "mlp" else 1e-2
+        self.optimizer = torch.optim.AdamW(trained(self.body).values(), lr=lr)
 
     def batch(self, prepared: Sequence[Tensor]) -> Batch:
         return batch_of(self.method, self.backbone, prepared)
@@ -80,18 +88,28 @@ class Run:
 
 
 def build(method: Method, backbone: Backbone) -> Body:
-    """The method's network as the benchmark would build it; a live one changes `backbone`."""
+    """The method's network as the benchmark would build it; a live one changes `backbone`, a prefix one a copy."""
     if isinstance(method, CachedMethod):
         widths = {layer: backbone.arch.width for layer in method.layers(backbone.arch)}
-        return method.build(backbone.arch, widths, lambda: read_weights(backbone))
+        return method.build(backbone.arch, widths, lambda: weights_of(backbone))
+    if isinstance(method, PrefixMethod):
+        return method.build(Suffix(copy.deepcopy(backbone), method.first_block(backbone.arch)))
     assert isinstance(method, LiveMethod)
-    return method.build(backbone)
+    return method.network(backbone)
+
+
+def weights_of(backbone: Backbone) -> BackboneWeights:
+    """With magnitudes in place of squared gradients."""
+    weights = read_weights(backbone)
+    return replace(weights, importance=weights)
 
 
 def batch_of(method: Method, backbone: Backbone, prepared: Sequence[Tensor]) -> Batch:
     """What the method sees of some prepared examples."""
-    if isinstance(method, CachedMethod):
+    if isinstance(method, CachedMethod | PrefixMethod):
         read = LiveStore(backbone, prepared).read(np.arange(len(prepared)), method.layers(backbone.arch))
+        if isinstance(method, PrefixMethod):
+            return Batch(read.mask, read.layers).entering(entering_layer(method.first_block(backbone.arch)))
         return Batch(read.mask, read.layers, {})
     inputs, mask = backbone.preprocess.collate(prepared)
     if mask is None:
@@ -106,7 +124,8 @@ def fitted_cases() -> list[Case]:
 
 def trained_cases() -> list[Case]:
     """Every case that trains in the common loop."""
-    return [*every_case(CachedMethod), *every_case(LiveMethod)]
+    on_the_last = [Case(f"{name}@last1") for name in ("lora", "bitfit", "vpt")]  # one per way of getting in
+    return [*every_case(CachedMethod), *every_case(PrefixMethod), *on_the_last, *every_case(LiveMethod)]
 
 
 class Exact(Batch):

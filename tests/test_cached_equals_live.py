@@ -21,10 +21,18 @@ from sidebench.cache.zarr_store import ZarrStore
 
 EPOCHS, BATCH_SIZE, TOLERANCE = 2, 7, 1e-5
 METHODS = {
+    "attentive_probe": ("attentive_probe", {"queries": "2"}),
+    "side_tuning": ("side_tuning", {}),
     "unipt": ("unipt", {}),
     "unipt-single_anchor": ("unipt", {"form": "single_anchor"}),
     "lst": ("lst", {}),
+    "unipt-mlp": ("unipt", {"form": "mlp"}),
     "lst-random": ("lst", {"init": "random", "reduction": "2"}),
+    "qst": ("qst", {}),
+    "res_tuning_bypass": ("res_tuning_bypass", {}),
+    "vqt": ("vqt", {}),
+    "lst-dropped": ("lst", {"keep": "1", "merge_last": "true", "reduction": "2"}),
+    "sherl_single_anchor": ("sherl_single_anchor", {}),
 }
 
 Step = tuple[float, dict[str, Tensor]]

@@ -73,7 +73,7 @@ def run_of(case: Case, backbone: Backbone, seed: int = 0) -> Run:
 def test_every_file_is_a_known_method() -> None:
     files = {path.stem for path in method_files()}
     assert files <= set(known_methods())
-    assert {case.name for case in trained_cases() + fitted_cases()} == set(known_methods())
+    assert {case.name.partition("@")[0] for case in trained_cases() + fitted_cases()} == set(known_methods())
 
 
 @named(trained_cases())
@@ -100,21 +100,27 @@ def test_the_loss_falls_though_the_head_stands_still(case: Case, backbone: Backb
 def test_gradients_reach_every_trained_parameter_and_no_frozen_one(
     case: Case, backbone: Backbone, prepared: list[Tensor]
 ) -> None:
-    run = run_of(case, backbone)
-    batch = run.batch(prepared)
-    for _ in range(5):  # LoRA's A has no gradient while B is zero, LST's queries next to none while its inputs are tiny
-        run.step(batch, TARGETS)
-    run.optimizer.zero_grad()
-    out = run.body(batch)
-    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
-    largest = {name: grad_size(p) for name, p in trained(run.body).items()}
-    scale = max(largest.values())
-    unseen = {name for name in largest if UNSEEN_BY_A_SOFTMAX.search(name)}
-    assert {n: v for n, v in largest.items() if n in unseen and v > NEAR_ZERO * scale} == {}
-    assert {n: v for n, v in largest.items() if n not in unseen and not v > NEAR_ZERO * scale} == {}
-    frozen = [p for p in (*run.body.parameters(), *run.backbone.module.parameters()) if not p.requires_grad]
-    assert all(p.grad is None for p in frozen)
-    assert all(not state.requires_grad for state in batch.activations.values())
+    unreached: dict[str, float] = {}
+    for seed in range(8):  # SHERL weighs layers with a ReLU, which may close some of them for one start, not for all
+        run = run_of(case, backbone, seed)
+        batch = run.batch(prepared)
+        for _ in range(5):  # LoRA's A has no gradient while B is zero, LST's queries next to none while inputs are tiny
+            run.step(batch, TARGETS)
+        run.optimizer.zero_grad()
+        out = run.body(batch)
+        (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
+        largest = {name: grad_size(p) for name, p in trained(run.body).items()}
+        scale = max(largest.values())
+        unseen = {name for name in largest if UNSEEN_BY_A_SOFTMAX.search(name)}
+        assert {n: v for n, v in largest.items() if n in unseen and v > NEAR_ZERO * scale} == {}
+        frozen = [p for p in (*run.body.parameters(), *run.backbone.module.parameters()) if not p.requires_grad]
+        assert all(p.grad is None for p in frozen)
+        assert all(not state.requires_grad for state in batch.activations.values())
+        small = {n: v for n, v in largest.items() if n not in unseen and not v > NEAR_ZERO * scale}
+        unreached = small if seed == 0 else {n: v for n, v in small.items() if n in unreached}
+        if not unreached:
+            return
+    assert unreached == {}
 
 
 def grad_size(parameter: nn.Parameter) -> float:
@@ -167,7 +173,9 @@ def test_a_cached_method_holds_nothing_of_the_backbone(case: Case, backbone: Bac
     held = list(run.body.state_dict(keep_vars=True).values())
     frozen = list(run.backbone.module.state_dict(keep_vars=True).values())
     assert not {t.untyped_storage().data_ptr() for t in held} & {t.untyped_storage().data_ptr() for t in frozen}
-    assert not any(one.shape == other.shape and torch.equal(one, other) for one in held for other in frozen)
+    same = [one for one in held for other in frozen if one.shape == other.shape and torch.equal(one, other)]
+    assert bool(same) is run.method.runs_blocks  # type: ignore[attr-defined]
+    assert not any(one.requires_grad for one in same)
     forbidden = {id(run.backbone), *map(id, run.backbone.module.modules()), *map(id, frozen)}
     assert not [thing for thing in reachable(run.body, run.method) if id(thing) in forbidden]
     assert not any(isinstance(thing, Backbone) for thing in reachable(run.body, run.method))
@@ -270,7 +278,7 @@ def test_a_method_says_what_it_is_and_where_it_comes_from(name: str) -> None:
     assert find_method(name).cls.__doc__ not in {kind.__doc__ for kind in (CachedMethod, FittedMethod, LiveMethod)}
 
 
-@pytest.mark.parametrize("name", sorted({case.name for case in trained_cases()}))
+@pytest.mark.parametrize("name", sorted({case.name.partition("@")[0] for case in trained_cases()}))
 def test_a_default_learning_rate_names_its_source(name: str) -> None:
     config_class = find_method(name).cls.Config
     assert issubclass(config_class, TrainingConfig)
@@ -319,8 +327,12 @@ def test_what_is_not_refused_can_be_built(case: Case, arch: Architecture) -> Non
     assert torch.isfinite(body(Batch(torch.ones(2, 3, dtype=torch.bool), states))).all()
 
 
+NOT_FOR_TEXTS = {"dtl-plus=true"}  # it convolves patches
+
+
 def test_every_trained_method_accepts_the_usual_backbone() -> None:
-    assert [str(case) for case in trained_cases() + fitted_cases() if case.method().refusal(USUAL)] == []
+    refused = {str(case) for case in trained_cases() + fitted_cases() if case.method().refusal(USUAL)}
+    assert refused == NOT_FOR_TEXTS
 
 
 def random_weights(arch: Architecture) -> BackboneWeights:
@@ -329,7 +341,8 @@ def random_weights(arch: Architecture) -> BackboneWeights:
     up, down = (torch.randn(hidden, width), torch.randn(hidden)), (torch.randn(width, hidden), torch.randn(width))
     norm = (torch.randn(width), torch.randn(width))
     block = BlockWeights(square, square, square, square, up, down, norm, norm, None)
-    return BackboneWeights(torch.randn(20, width), (block,) * arch.blocks, norm)
+    weights = BackboneWeights(torch.randn(20, width), (block,) * arch.blocks, norm)
+    return dataclasses.replace(weights, importance=weights)
 
 
 class ConvBlock(nn.Module):

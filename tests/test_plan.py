@@ -168,23 +168,26 @@ def test_no_batch_fits_where_the_weights_alone_do_not(planned: Plan) -> None:
     assert row["fits"] is True
 
 
-def test_a_prediction_of_too_many_operations_is_left_to_the_line(
+def test_a_batch_that_takes_too_long_to_predict_is_left_to_the_line(
     tiny_vit: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A method that works in slices: bytes 100 + 10 per example, 1000 operations per example."""
+    """A method that works in slices: bytes 100 + 10 per example, 100 operations per example."""
+    operations = []
 
     class Peak:
         def __init__(self, batch: int) -> None:
             self.peak_bytes = 100 + 10 * batch
 
     def sliced(method: Any, backbone: Any, step: Step) -> Prediction:
-        return Prediction(Peak(step.batch_size), None, 1, 1, 1000 * step.batch_size)  # type: ignore[arg-type]
+        operations.append(100 * step.batch_size)
+        return Prediction(Peak(step.batch_size), None, 1, 1, operations[-1])  # type: ignore[arg-type]
 
     monkeypatch.setattr(planning, "predict", sliced)
     step = Step(8)
     first = sliced(None, None, step)
     found = largest_batch(None, tiny_vit, step, first, 10**6)  # type: ignore[arg-type]
     assert found == {"batch_size": 99_990, "predicted_bytes": None, "confirmed": False, "exact": False}
+    assert 0.9 * planning._MOST_EVENTS < sum(operations[1:]) <= planning._MOST_EVENTS
     near = largest_batch(None, tiny_vit, step, first, 1100)  # type: ignore[arg-type]
     assert near == {"batch_size": 100, "predicted_bytes": 1100, "confirmed": True, "exact": True}
 

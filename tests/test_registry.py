@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from sidebench.adapters import _registry
-from sidebench.adapters._base import TrainingConfig
+from sidebench.adapters._base import PrefixMethod, TrainingConfig
 from sidebench.adapters._registry import config_facts, describe, find_method, known_methods
 from sidebench.adapters.unipt import UniPT
+from sidebench.cache.backbone import Architecture
 from sidebench.cache.errors import SidebenchError
 
 ONE = '''
@@ -75,6 +76,37 @@ def test_an_unknown_method_gets_the_nearest_and_the_list(typed: str, meant: str 
 @pytest.mark.parametrize("typed", ["_base", "_registry", "unipt.UniPT", "../unipt", ""])
 def test_plumbing_and_paths_are_no_methods(typed: str) -> None:
     with pytest.raises(SidebenchError, match="no method"):
+        find_method(typed)
+
+
+def test_a_live_method_on_the_last_blocks_is_a_prefix_method() -> None:
+    found = find_method("lora@last4")
+    assert (found.text, found.key, found.kind) == ("lora@last4", "lora", "prefix")
+    method = found.configured({"rank": "2"})
+    assert isinstance(method, PrefixMethod)
+    assert method.config.rank == 2  # type: ignore[attr-defined]
+    sizes = {"blocks": 6, "width": 32, "heads": 4, "mlp_width": 64}
+    arch = Architecture("Toy", "text", prefix_tokens=0, final_layer="norm", norm="pre", **sizes)
+    assert method.refusal(arch) is None
+    assert (method.first_block(arch), method.layers(arch)) == (2, ("blocks.1",))
+    assert find_method("lora@last6").configured({}).layers(arch) == ("embeddings",)  # type: ignore[attr-defined]
+    refused = find_method("lora@last7").configured({}).refusal(arch)
+    assert refused == "@last7 wants 7 blocks, and Toy has 6"
+    assert "rank 0" in str(find_method("lora@last2").configured({"rank": "0"}).refusal(arch))
+
+
+@pytest.mark.parametrize(
+    ("typed", "sentence"),
+    [
+        ("lora@4", "behind the @ stands lastK"),
+        ("lora@last0", "behind the @ stands lastK"),
+        ("lora@lastall", "behind the @ stands lastK"),
+        ("unipt@last2", r"unipt is a cached method; @lastK takes one that trains inside the backbone: .*lora"),
+        ("lroa@last2", "no method 'lroa'. Did you mean 'lora'"),
+    ],
+)
+def test_what_cannot_stand_behind_an_at_sign_gets_a_sentence(typed: str, sentence: str) -> None:
+    with pytest.raises(SidebenchError, match=sentence):
         find_method(typed)
 
 
@@ -169,8 +201,9 @@ def test_an_option_of_a_type_that_cannot_be_typed_gets_a_sentence(tmp_path: Path
 @pytest.mark.parametrize("name", known_methods())
 def test_a_description_is_plain_json_and_agrees_with_the_config(name: str) -> None:
     described = describe(name)
-    assert set(described) == {"name", "kind", "paper", "summary", "config"}
+    assert set(described) == {"name", "kind", "paper", "summary", "parameters", "config"}
     assert described["name"] == name
+    assert described["parameters"].startswith("Trained")
     assert json.loads(json.dumps(described)) == described
     facts = config_facts(find_method(name).configured({}))
     assert facts == {key: option["default"] for key, option in described["config"].items()}

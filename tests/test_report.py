@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from outcomes import CATEGORIES, make_outcome
 
-from sidebench.bench.report import COLUMNS, cells, failures, markdown, print_table, skipped, verdicts
+from sidebench.bench.report import cells, columns, failures, markdown, print_table, skipped, verdicts
 from sidebench.bench.table import comparisons, rows
 from sidebench.cache.form import Form
 
 RIGHT = [[1, 0, 1, 1, 0, 1, 1, 1]]
+COLUMNS = columns("accuracy")
 HOSTILE = (
     "./a|b.py",
     "./back\\|slash.py",
@@ -176,7 +177,7 @@ def test_the_cache_is_described_with_its_size_and_build_time(tmp_path: Path) -> 
 def test_the_terminal_table_shows_names_with_brackets_as_they_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    print_table(rows(make_outcome(tmp_path, {"[red]mine[/red].py": RIGHT, "a[0].py": RIGHT})))
+    print_table(rows(make_outcome(tmp_path, {"[red]mine[/red].py": RIGHT, "a[0].py": RIGHT})), "accuracy")
     shown = capsys.readouterr().out
     assert "[red]mine[/red].py" in shown
     assert " a[0].py" in shown

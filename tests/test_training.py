@@ -120,7 +120,7 @@ def _by_hand(head: nn.Linear, settings: Settings) -> tuple[list[float], NDArray[
 @pytest.mark.parametrize("batch_size", [N, 4], ids=["one-step-per-epoch", "a-short-last-batch"])
 def test_the_loop_is_adamw_with_warm_up_and_cosine(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter(range(100))
-    monkeypatch.setattr(training, "accuracy", lambda *_: float(next(scores)))  # the last epoch is the best
+    monkeypatch.setattr(training, "score_of", lambda *_: float(next(scores)))  # the last epoch is the best
     settings = _settings(epochs=12, batch_size=batch_size)
     learner = _learner(Plain()).double()
     losses, weight, bias = _by_hand(learner.head, settings)
@@ -132,7 +132,7 @@ def test_the_loop_is_adamw_with_warm_up_and_cosine(batch_size: int, monkeypatch:
 
 def test_the_epoch_kept_is_the_best_on_validation_and_the_earliest_of_equals(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([0.5, 0.75, 0.75, 0.25])
-    monkeypatch.setattr(training, "accuracy", lambda *_: next(scores))
+    monkeypatch.setattr(training, "score_of", lambda *_: next(scores))
     learner, after = _learner(Plain()), []
     found = _train(learner, Recorded(_vectors()), _settings(), progress=lambda _: after.append(snapshot(learner)))
     assert (found.best_epoch, found.val_score) == (1, 0.75)
