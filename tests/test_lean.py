@@ -13,8 +13,11 @@ from sidebench.adapters import _recompute
 from sidebench.adapters._base import Batch, Body, CachedMethod
 from sidebench.adapters._recompute import in_slices, recomputed, slices, summed_in_turn
 from sidebench.adapters._registry import config_facts, find_method
+from sidebench.adapters._unipt_parallel import confidences
+from sidebench.adapters._unipt_single import SingleAnchor
 from sidebench.adapters.lst import Ladder
-from sidebench.adapters.unipt import SingleAnchor, TokenAnchor, confidences
+from sidebench.adapters.sherl_single_anchor import TieredAnchor
+from sidebench.adapters.unipt import MlpAnchor, TokenAnchor
 from sidebench.bench.tracker import TrackedPeak, Tracker, track
 from sidebench.cache.backbone import Architecture
 
@@ -28,11 +31,16 @@ SIDE = 12
 
 BODIES: dict[str, Callable[[bool], Body]] = {
     "tokens": lambda lean: TokenAnchor(ARCH.states, WIDTHS, SIDE, 24, lean=lean),
+    "mlp": lambda lean: MlpAnchor(ARCH.states, WIDTHS, SIDE, 24, lean=lean),
+    "tiers": lambda lean: TieredAnchor(ARCH.states, "norm", WIDTHS, SIDE, last_real=False, gated=True, lean=lean),
     "first": lambda lean: SingleAnchor(ARCH.states, "norm", WIDTHS, SIDE, last_real=False, lean=lean),
     "last": lambda lean: SingleAnchor(ARCH.states, "norm", WIDTHS, SIDE, last_real=True, lean=lean),
     "ladder": lambda lean: Ladder(ARCH, WIDTHS, 2, 0.1, lean=lean),
+    "ladder-dropped": lambda lean: Ladder(ARCH, WIDTHS, 2, 0.1, kept=(0, 2), merge_last=True, lean=lean),
 }
 every_body = pytest.mark.parametrize("name", BODIES)
+VECTORS = ("first", "last", "tiers")
+FROM_FLOAT32 = (*VECTORS, "ladder-dropped")  # what comes out is a sum with stored numbers
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +158,7 @@ def test_mixed_precision_is_as_near_to_full_precision_as_the_plain_form(name: st
         body.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             out = body(batch)
-        assert out.dtype == (torch.float32 if name in ("first", "last") else torch.bfloat16)
+        assert out.dtype == (torch.float32 if name in FROM_FLOAT32 else torch.bfloat16)
         weighed(out.float()).backward()  # outside, as in the training loop
         return {n: p.grad for n, p in body.named_parameters()}
 
@@ -301,7 +309,13 @@ def test_a_chain_of_ones_own_can_be_recomputed_in_slices() -> None:
         torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-12)
 
 
-SETTINGS = [("unipt", {}), ("unipt", {"form": "single_anchor"}), ("lst", {"init": "random", "reduction": "2"})]
+SETTINGS = [
+    ("unipt", {}),
+    ("unipt", {"form": "mlp"}),
+    ("unipt", {"form": "single_anchor"}),
+    ("lst", {"init": "random", "reduction": "2"}),
+    ("sherl_single_anchor", {}),
+]
 
 
 @pytest.mark.parametrize(("name", "settings"), SETTINGS)
@@ -348,6 +362,19 @@ def test_the_ladder_keeps_every_other_side_state_and_its_final_norm() -> None:
     states = 1 + -(-ARCH.blocks // 2)  # behind the embeddings, and behind blocks 1 and 2
     final_norm = tokens * (SIDE + 2)  # its output, mean and deviation; its input is the last of the states
     assert kept_for_backward(lean, stored(lengths=MANY)) == (tokens * SIDE * states + final_norm) * FLOAT
+
+
+def test_a_ladder_that_merges_the_final_layer_keeps_side_states_alone() -> None:
+    lean, _ = pair("ladder-dropped")
+    tokens = len(MANY) * MANY[0]
+    assert kept_for_backward(lean, stored(lengths=MANY)) == tokens * SIDE * 2 * FLOAT  # of the two kept blocks
+
+
+def test_the_tiered_form_keeps_a_few_vectors_per_layer_and_example() -> None:
+    lean, plain = pair("tiers")
+    batch, vector = stored(lengths=MANY), SIDE * FLOAT
+    assert kept_for_backward(lean, batch) < 6 * len(ARCH.states) * len(MANY) * vector
+    assert kept_for_backward(plain, batch) > len(ARCH.states) * len(MANY) * MANY[0] * vector
 
 
 def step_peak(body: Body, batch: Batch) -> TrackedPeak:
@@ -400,10 +427,10 @@ def test_no_layer_is_upcast_whole(name: str) -> None:
     whole = [event.op for event in tracker.events if event.delta_bytes >= upcast and "found" not in event.op]
     # Tokens of the layers' own width come out of the token forms, and their gradient goes back in.
     assert [op for op in whole if "to_copy" in op] == []
-    assert len(whole) <= (0 if name in ("first", "last") else 3)
+    assert len(whole) <= (0 if name in VECTORS else 3)
 
 
-@pytest.mark.parametrize("name", ["tokens", "first", "ladder"])
+@pytest.mark.parametrize("name", ["tokens", "mlp", "first", "tiers", "ladder", "ladder-dropped"])
 def test_fake_tensors_predict_the_same_peak(name: str) -> None:
     def peak(make: Callable[[], Batch]) -> TrackedPeak:
         torch.manual_seed(0)

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from method_cases import Case, random_states
 from torch import Tensor, nn
 
 from sidebench.adapters._base import Batch
-from sidebench.adapters.lst import LST, Config, Ladder, SideBlock, copy_pruned
+from sidebench.adapters._blocks import SideBlock
+from sidebench.adapters.lst import LST, Config, Ladder, kept_blocks
 from sidebench.cache.backbone import Architecture, Backbone
 from sidebench.cache.block_weights import BackboneWeights, BlockWeights, read_weights
 from sidebench.cache.errors import SidebenchError
@@ -35,14 +38,15 @@ LENGTHS = (2, 4, 3)
 both_norms = pytest.mark.parametrize("arch", [PRE, POST], ids=["pre", "post"])
 
 
-def ladder(arch: Architecture, reduction: int = 2, *, lean: bool = True) -> Ladder:
+def ladder(arch: Architecture, reduction: int = 2, **options: Any) -> Ladder:
     """In float64, every parameter moved, so that every term shows."""
     torch.manual_seed(0)
-    body = Ladder(arch, WIDTHS, reduction, 0.1, lean=lean).double()
+    widths = dict.fromkeys((*arch.states, arch.final_layer), arch.width)
+    body = Ladder(arch, widths, reduction, 0.1, **options).double()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in body.named_parameters():
-            size = 0.05 if name == "alpha" else 0.4
+            size = 0.05 if name.startswith("alpha") else 0.4
             parameter += size * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     return body
 
@@ -95,30 +99,54 @@ def naive_block(block: SideBlock, x: Tensor, arch: Architecture) -> Tensor:
     return layer_norm(block.norm2, x + scale2 * mlp(x))
 
 
-def naive(body: Ladder, states: list[Tensor], arch: Architecture) -> Tensor:
-    """One example's real tokens: the embeddings, then every block's output."""
-    side = linear(body.down[0], states[0])  # type: ignore[arg-type]
-    for i, block in enumerate(body.blocks):
-        mu = 1 / (1 + math.exp(-float(body.alpha[i].detach()) / 0.1))
-        step = linear(body.down[i + 1], states[i + 1])  # type: ignore[arg-type]
-        side = naive_block(block, mu * side + (1 - mu) * step, arch)  # type: ignore[arg-type]
-    return linear(body.up, layer_norm(body.norm, side))
+def gate(alpha: Tensor) -> float:
+    return 1 / (1 + math.exp(-float(alpha.detach()) / 0.1))
 
 
-@pytest.mark.parametrize("lean", [True, False], ids=["lean", "plain"])
+def naive(body: Ladder, states: dict[str, Tensor], arch: Architecture, kept: Sequence[int]) -> Tensor:
+    """One example's real tokens. A block that is not kept does nothing to the side state; its gate is not looked at."""
+    side = linear(body.down[0], states["embeddings"])  # type: ignore[arg-type]
+    modules = iter(zip(body.down[1:], body.blocks, strict=True))
+    for i in range(arch.blocks):
+        if i not in kept:
+            continue
+        down, block = next(modules)
+        step = linear(down, states[f"blocks.{i}"])  # type: ignore[arg-type]
+        mu = None if body.alpha is None else gate(body.alpha[i])
+        mixed = side + step if mu is None else mu * side + (1 - mu) * step
+        side = naive_block(block, mixed, arch)  # type: ignore[arg-type]
+    out = linear(body.up, layer_norm(body.norm, side))
+    if body.alpha_last is None:
+        return out
+    mu = gate(body.alpha_last)
+    return mu * out + (1 - mu) * states[arch.final_layer]
+
+
+lean_and_plain = pytest.mark.parametrize("lean", [True, False], ids=["lean", "plain"])
+
+
+@lean_and_plain
 @both_norms
-def test_the_ladder_equals_the_formula_at_every_real_token(arch: Architecture, lean: bool) -> None:
-    body = ladder(arch, lean=lean)
-    batch = random_states(arch.states, WIDTHS, LENGTHS)
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "no_gate"])
+@pytest.mark.parametrize("merge_last", [False, True], ids=["apart", "merged"])
+@pytest.mark.parametrize("kept", [(0, 1, 2, 3, 4), (1, 2, 4), (0, 3), (2,)], ids=str)
+def test_the_ladder_equals_the_formula_at_every_real_token(
+    arch: Architecture, kept: tuple[int, ...], merge_last: bool, gated: bool, lean: bool
+) -> None:
+    deep = dataclasses.replace(arch, blocks=5, final_layer="norm" if arch.norm == "pre" else "blocks.4")
+    layers = tuple(dict.fromkeys((*deep.states, deep.final_layer)))
+    body = ladder(deep, kept=kept, merge_last=merge_last, gated=gated, lean=lean)
+    batch = random_states(layers, dict.fromkeys(layers, 8), LENGTHS)
     out = body(batch)
     for row, real in enumerate(LENGTHS):
-        expected = naive(body, [batch.state(s)[row, :real] for s in arch.states], arch)
+        expected = naive(body, {s: batch.state(s)[row, :real] for s in layers}, deep, kept)
         torch.testing.assert_close(out[row, :real], expected, atol=1e-9, rtol=1e-9)
 
 
 @both_norms
 def test_the_gates_start_half_open(arch: Architecture) -> None:
     body = Ladder(arch, WIDTHS, 2, 0.1)
+    assert body.alpha is not None
     assert torch.sigmoid(body.alpha / body.temperature).tolist() == [0.5, 0.5]
     seen = inputs_of_blocks(body, batch := float_states(arch))
     first = 0.5 * body.down[0](batch.state("embeddings")) + 0.5 * body.down[1](batch.state("blocks.0"))
@@ -142,6 +170,7 @@ def inputs_of_blocks(body: Ladder, batch: Batch) -> list[Tensor]:
 @both_norms
 def test_a_high_alpha_closes_the_ladders(arch: Architecture) -> None:
     body = ladder(arch)
+    assert body.alpha is not None
     nn.init.constant_(body.alpha, 100.0)
     batch, other = (random_states(arch.states, WIDTHS, LENGTHS, seed=seed) for seed in (0, 1))
     same_start = {**other.activations, "embeddings": batch.activations["embeddings"]}
@@ -152,6 +181,7 @@ def test_a_high_alpha_closes_the_ladders(arch: Architecture) -> None:
 @both_norms
 def test_a_low_alpha_leaves_each_block_its_own_ladder(arch: Architecture) -> None:
     body = ladder(arch)
+    assert body.alpha is not None
     nn.init.constant_(body.alpha, -100.0)
     batch, other = (random_states(arch.states, WIDTHS, LENGTHS, seed=seed) for seed in (0, 1))
     for seen, down, state in zip(inputs_of_blocks(body, batch), body.down[1:], arch.states[1:], strict=True):
@@ -165,10 +195,53 @@ def test_a_low_alpha_leaves_each_block_its_own_ladder(arch: Architecture) -> Non
 )
 @pytest.mark.parametrize("reduction", [1, 2, 4])
 def test_the_docstring_formula_counts_the_parameters(arch: Architecture, reduction: int) -> None:
-    number, d, s, f = arch.blocks, arch.width, arch.width // reduction, 12 // reduction
-    block = 4 * (s * s + s) + 2 * s * f + f + s + 4 * s + (2 * s if arch.layer_scale else 0)
-    formula = (number + 1) * (d * s + s) + number + number * block + 2 * s + s * d + d
-    assert sum(p.numel() for p in Ladder(arch, WIDTHS, reduction, 0.1).parameters()) == formula
+    deep = dataclasses.replace(arch, blocks=5)
+    number, d, s, f = deep.blocks, deep.width, deep.width // reduction, 12 // reduction
+    block = 4 * (s * s + s) + 2 * s * f + f + s + 4 * s + (2 * s if deep.layer_scale else 0)
+    for kept in ((0, 1, 2, 3, 4), (1, 3, 4), (2,)):
+        k = len(kept)
+        formula = (k + 1) * (d * s + s) + number + k * block + 2 * s + s * d + d
+        assert count(ladder(deep, reduction, kept=kept)) == formula
+        assert count(ladder(deep, reduction, kept=kept, merge_last=True)) == formula + 1
+        assert count(ladder(deep, reduction, kept=kept, gated=False)) == formula - number
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_a_dropped_block_is_not_read_and_its_gate_does_not_learn() -> None:
+    deep = dataclasses.replace(PRE, blocks=4)
+    method = LST(Config(reduction=2, init="random", keep="1, 3"))
+    assert method.layers(deep) == ("embeddings", "blocks.1", "blocks.3")
+    body = method.build(deep, dict.fromkeys(method.layers(deep), 8), lambda: pytest.fail("random"))
+    batch = random_states(method.layers(deep), dict.fromkeys(deep.states, 8), LENGTHS)
+    with torch.no_grad():
+        for parameter in body.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    out = body(Batch(batch.mask, {n: v.float() for n, v in batch.activations.items()}))
+    out.square().sum().backward()
+    gradient = body.get_parameter("alpha").grad
+    assert gradient is not None
+    assert [float(g) != 0 for g in gradient] == [False, True, False, True]
+
+
+def test_merging_reads_the_final_layer() -> None:
+    layers = LST(Config(reduction=2, keep="0", merge_last=True)).layers
+    assert layers(PRE) == ("embeddings", "blocks.0", "norm")
+    assert layers(POST) == ("embeddings", "blocks.0", "blocks.1")
+
+
+@pytest.mark.parametrize("keep", ["", "2", "0,2", "0,,1", "-1", "1.5", "first", "0 1", "99999999999999999999"])
+def test_blocks_to_keep_that_are_none_get_a_sentence(keep: str) -> None:
+    refused = str(LST(Config(reduction=2, keep=keep)).refusal(PRE))
+    assert f"lst.keep={keep} is neither all nor numbers from 0 to 1" in refused
+
+
+@pytest.mark.parametrize(("keep", "kept"), [("all", (0, 1)), ("1", (1,)), ("1,0", (0, 1)), (" 0 , 0,1 ", (0, 1))])
+def test_blocks_to_keep_may_be_named_in_any_order(keep: str, kept: tuple[int, ...]) -> None:
+    assert LST(Config(reduction=2, keep=keep)).refusal(PRE) is None
+    assert kept_blocks(keep, 2) == kept
 
 
 def test_the_projections_start_small_and_without_bias() -> None:
@@ -179,15 +252,31 @@ def test_the_projections_start_small_and_without_bias() -> None:
         assert not projection.bias.any()
 
 
-# --- magnitude pruning -----------------------------------------------------------------------------------------------
+# --- pruning ---------------------------------------------------------------------------------------------------------
 
 
 def drawn(*shape: int, generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def weights_of(arch: Architecture) -> BackboneWeights:
-    generator = torch.Generator().manual_seed(3)
+MATRICES = ("query", "key", "value", "out", "fc1", "fc2")
+
+
+def squares(weights: BackboneWeights) -> BackboneWeights:
+    """As small as squared gradients are: the product of three of them is no float32 any more."""
+
+    def square(value: Any) -> Any:
+        return tuple(map(square, value)) if isinstance(value, tuple) else 1e-16 * value.square()
+
+    blocks = tuple(
+        dataclasses.replace(block, **{name: square(getattr(block, name)) for name in MATRICES})
+        for block in weights.blocks
+    )
+    return BackboneWeights(square(weights.embedding), blocks, weights.norm)
+
+
+def weights_of(arch: Architecture, seed: int = 3) -> BackboneWeights:
+    generator = torch.Generator().manual_seed(seed)
     width, hidden = arch.width, arch.mlp_width
     assert hidden is not None
 
@@ -226,19 +315,28 @@ def picked(pair: Pair, rows: list[int], columns: list[int]) -> tuple[Tensor, Ten
 
 
 @both_norms
-def test_magnitude_pruning_keeps_the_rows_and_columns_of_a_naive_walk(arch: Architecture) -> None:
+@pytest.mark.parametrize("kept_blocks", [(0, 1, 2), (0, 2), (1,)], ids=str)
+@pytest.mark.parametrize("fisher", [False, True], ids=["magnitude", "fisher"])
+def test_pruning_keeps_the_rows_and_columns_of_a_naive_walk(
+    arch: Architecture, kept_blocks: tuple[int, ...], fisher: bool
+) -> None:
+    arch = dataclasses.replace(arch, blocks=3)
     weights = weights_of(arch)
-    body = Ladder(arch, WIDTHS, 2, 0.1)
-    copy_pruned(body, weights)
-    table = weights.embedding
+    importance = squares(weights_of(arch, seed=4)) if fisher else weights
+    body = ladder(arch, kept=kept_blocks).float()
+    body.begin_as(weights, importance)
+    table = importance.embedding
     kept = largest([sum(abs(float(v)) for v in table[:, c]) for c in range(8)], 4)
-    for block, source in zip(body.blocks, weights.blocks, strict=True):
-        assert isinstance(block, SideBlock)
+    for index, (source, measure) in enumerate(zip(weights.blocks, importance.blocks, strict=True)):
         entering = kept
-        attended = rows_to_keep([source.query[0], source.key[0], source.value[0]], entering, 4)
-        after_attention = rows_to_keep([source.out[0]], attended, 4)
-        inner = rows_to_keep([source.fc1[0]], after_attention, 6)
-        kept = rows_to_keep([source.fc2[0]], inner, 4)
+        attended = rows_to_keep([measure.query[0], measure.key[0], measure.value[0]], entering, 4)
+        after_attention = rows_to_keep([measure.out[0]], attended, 4)
+        inner = rows_to_keep([measure.fc1[0]], after_attention, 6)
+        kept = rows_to_keep([measure.fc2[0]], inner, 4)
+        if index not in kept_blocks:
+            continue
+        block = body.blocks[kept_blocks.index(index)]
+        assert isinstance(block, SideBlock)
         for layer, pair, rows, columns in (
             (block.query, source.query, attended, entering),
             (block.key, source.key, attended, entering),
@@ -269,7 +367,7 @@ def test_pruning_leaves_ladders_and_gates_as_they_were() -> None:
     torch.manual_seed(0)
     random = Ladder(PRE, WIDTHS, 2, 0.1)
     pruned = copy.deepcopy(random)
-    copy_pruned(pruned, weights_of(PRE))
+    pruned.begin_as(weights_of(PRE), weights_of(PRE))
     for name in ("down.0.weight", "down.2.bias", "up.weight", "up.bias", "alpha"):
         assert torch.equal(random.get_parameter(name), pruned.get_parameter(name))
 
@@ -279,14 +377,15 @@ def test_a_block_that_is_no_plain_mlp_gets_a_sentence() -> None:
     gated = dataclasses.replace(
         weights.blocks[0], fc2=(torch.randn(8, 6), torch.randn(8))
     )  # SwiGLU halves what fc1 yields
+    weights = dataclasses.replace(weights, blocks=(gated, weights.blocks[1]))
     with pytest.raises(SidebenchError, match=r"lst\.init=random"):
-        copy_pruned(Ladder(PRE, WIDTHS, 2, 0.1), dataclasses.replace(weights, blocks=(gated, weights.blocks[1])))
+        Ladder(PRE, WIDTHS, 2, 0.1).begin_as(weights, weights)
 
 
 def test_embeddings_of_another_width_get_a_sentence() -> None:
     weights = dataclasses.replace(weights_of(PRE), embedding=torch.randn(20, 3))  # ELECTRA's table is narrower
     with pytest.raises(SidebenchError, match=r"lst\.init=random"):
-        copy_pruned(Ladder(PRE, WIDTHS, 2, 0.1), weights)
+        Ladder(PRE, WIDTHS, 2, 0.1).begin_as(weights, weights)
 
 
 @pytest.mark.parametrize("family", ["bert", "vit", "dinov2", "clip_vision", "clip_text"])

@@ -7,7 +7,10 @@ import torch
 from method_cases import Exact, random_states
 from torch import Tensor, nn
 
-from sidebench.adapters.unipt import Config, SingleAnchor, TokenAnchor, UniPT, confidences, relu_l1, relu_l1_clamped
+from sidebench.adapters._tokens import relu_l1, relu_l1_clamped
+from sidebench.adapters._unipt_parallel import confidences
+from sidebench.adapters._unipt_single import SingleAnchor
+from sidebench.adapters.unipt import Config, MlpAnchor, TokenAnchor, UniPT
 from sidebench.cache.backbone import Architecture
 
 Rows = list[list[float]]
@@ -54,7 +57,18 @@ def added(a: list[float], b: list[float]) -> list[float]:
     return [x + y for x, y in zip(a, b, strict=True)]
 
 
-def naive_tokens(body: TokenAnchor, states: dict[str, Rows], real: int) -> Rows:
+def project_and_close(body: TokenAnchor, anchor: list[float], merged: list[float]) -> list[float]:
+    """The last step of one token: the sum of the guides projected, the anchor added, then up to the output width."""
+    modules = list(body.project)
+    if isinstance(body, MlpAnchor):
+        inner, _, outer, norm = modules
+        hidden = relu(linear(inner, merged))  # type: ignore[arg-type]
+        return linear(body.up, added(anchor, layer_norm(norm, linear(outer, hidden))))  # type: ignore[arg-type]
+    outer, norm = modules
+    return linear(body.up, relu(added(anchor, layer_norm(norm, linear(outer, merged)))))  # type: ignore[arg-type]
+
+
+def naive_tokens(body: TokenAnchor, states: dict[str, Rows], real: int, eps: float) -> Rows:
     """One example: H_0 … H_(L-1) of T rows, the first `real` of them tokens -> T rows of E."""
     projected = []
     for (project, norm), name in zip(body.down, body.states, strict=True):  # type: ignore[misc]
@@ -68,17 +82,14 @@ def naive_tokens(body: TokenAnchor, states: dict[str, Rows], real: int) -> Rows:
         rows = []
         for i, query in enumerate(anchor):
             scores = [max(dot(query, key), 0.0) if j < real else 0.0 for j, key in enumerate(guide)]
-            row = [s / (sum(scores) + 1e-8) + (1.0 if i == j else 0.0) for j, s in enumerate(scores)]
+            row = [s / (sum(scores) + eps) + (1.0 if i == j else 0.0) for j, s in enumerate(scores)]
             rows.append(weighted(row, guide))
         results.append(rows)
     alpha = softmax(logits)
     out = []
     for i, query in enumerate(anchor):
         merged = weighted(alpha, [rows[i] for rows in results])
-        project, norm = body.project
-        assert isinstance(project, nn.Linear)
-        assert isinstance(norm, nn.LayerNorm)
-        out.append(linear(body.up, relu(added(query, layer_norm(norm, linear(project, merged))))))
+        out.append(project_and_close(body, query, merged))
     return out
 
 
@@ -110,16 +121,24 @@ def shaken(body: nn.Module) -> nn.Module:
     return body
 
 
+token_forms = pytest.mark.parametrize(("form", "eps"), [(TokenAnchor, 1e-8), (MlpAnchor, 1e-6)], ids=["tokens", "mlp"])
+
+
 @lean_and_plain
-def test_the_token_form_equals_the_formula(lean: bool) -> None:
+@token_forms
+def test_the_token_forms_equal_the_formula(form: type[TokenAnchor], eps: float, lean: bool) -> None:
     torch.manual_seed(0)
-    body = TokenAnchor(STATES, WIDTHS, 4, 6, lean=lean)
+    body = form(STATES, WIDTHS, 4, 6, lean=lean)
     shaken(body)
     batch = random_states(STATES, WIDTHS, LENGTHS)
-    out = body(batch)
-    for row, real in enumerate(LENGTHS):
-        naive = naive_tokens(body, {n: batch.state(n)[row].tolist() for n in STATES}, real)
-        torch.testing.assert_close(out[row], torch.tensor(naive, dtype=torch.float64), atol=1e-6, rtol=1e-6)
+    faint = {name: state * 1e-3 for name, state in batch.activations.items()}  # where eps counts
+    for states in (batch.activations, faint):
+        for parameter in body.down.parameters() if states is faint else ():
+            parameter.data *= 1e-3
+        out = body(Exact(batch.mask, states, {}))
+        for row, real in enumerate(LENGTHS):
+            naive = naive_tokens(body, {n: states[n][row].tolist() for n in STATES}, real, eps)
+            torch.testing.assert_close(out[row], torch.tensor(naive, dtype=torch.float64), atol=1e-9, rtol=1e-9)
 
 
 @lean_and_plain
@@ -150,6 +169,24 @@ def test_the_text_side_of_vse_has_5_921_281_parameters() -> None:
     assert count(TokenAnchor(states, widths, 512, 1024)) == 5_921_281
 
 
+def test_the_side_of_clip_vil_has_4_736_641_parameters() -> None:
+    states, widths = thirteen(768)
+    assert count(MlpAnchor(states, widths, 384, 768)) == 4_736_641
+
+
+def test_the_mlp_form_starts_as_bert_does() -> None:
+    torch.manual_seed(0)
+    states, widths = thirteen(64)
+    body = MlpAnchor(states, widths, 32, 64)
+    for module in body.modules():
+        if isinstance(module, nn.Linear):
+            assert not module.bias.any()
+            if module.weight.numel() > 1000:
+                assert float(module.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+        if isinstance(module, nn.LayerNorm):
+            assert (module.eps, set(module.weight.tolist()), set(module.bias.tolist())) == (1e-5, {1.0}, {0.0})
+
+
 @pytest.mark.parametrize(("width", "expected"), [(512, 3_940_353), (768, 5_644_289)], ids=["text", "image"])
 def test_clip4clip_has_as_many_parameters_as_published(width: int, expected: int) -> None:
     states, widths = thirteen(width)
@@ -164,12 +201,15 @@ def test_a_vit_b_with_a_head_of_100_classes_has_4_370_405_parameters() -> None:
     assert count(body) + count(nn.Linear(body.width, 100)) == 4_370_405
 
 
-@pytest.mark.parametrize("single", [False, True])
-def test_the_docstring_formula_counts_the_parameters(single: bool) -> None:
+@pytest.mark.parametrize("form", ["tokens", "mlp", "single"])
+def test_the_docstring_formula_counts_the_parameters(form: str) -> None:
     states, d, m, e = STATES, 6, 4, 6
     widths = {**dict.fromkeys(states, d), "norm": e}
     number = len(states)
-    if single:
+    if form == "mlp":
+        formula = number * (d * m + m + 2 * m) + (m * e + e + e * m + m + 2 * m) + (m * e + e) + (m + 1)
+        assert count(MlpAnchor(states, widths, m, e)) == formula
+    elif form == "single":
         formula = number * (d * m + m) + (e * m + m) + (m + 1) + (m * e + e)
         assert count(SingleAnchor(states, "norm", widths, m, last_real=False)) == formula
     else:
@@ -190,7 +230,8 @@ def test_rows_of_the_map_sum_to_zero_or_one(normalise: object) -> None:
 
 def test_masked_keys_weigh_nothing() -> None:
     torch.manual_seed(0)
-    for body in (TokenAnchor(STATES, WIDTHS, 4, 6), SingleAnchor(STATES, "norm", WIDTHS, 4, last_real=False)):
+    single = SingleAnchor(STATES, "norm", WIDTHS, 4, last_real=False)
+    for body in (TokenAnchor(STATES, WIDTHS, 4, 6), MlpAnchor(STATES, WIDTHS, 4, 6), single):
         shaken(body)
         batch = random_states((*STATES, "norm"), WIDTHS, LENGTHS)
         hidden = ~batch.mask[..., None]
