@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint methods bench clean
 
 demo: .venv/installed
 	$(BIN)/bench cache build --backbone sample:minilm-l6 --task sample:tweets --limit 800
@@ -22,6 +22,9 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+methods: .venv/installed
+	$(BIN)/python -m sidebench.adapters._registry README.md
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/run.py

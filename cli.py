@@ -50,7 +50,7 @@ cache_app = typer.Typer(help="Build, list, check and remove activation caches.",
 app.add_typer(cache_app, name="cache")
 
 Backbone = Annotated[str, typer.Option(help="sample:NAME, hf:ID_OR_FOLDER or module:PKG.MOD:FACTORY.")]
-Task = Annotated[str, typer.Option(help="sample:NAME, csv:PATH, jsonl:PATH or folder:PATH; see `bench tasks`.")]
+Task = Annotated[str, typer.Option(help="sample:NAME, csv:PATH, jsonl:PATH, folder:PATH or glue:NAME: `bench tasks`.")]
 Layers = Annotated[
     str | None, typer.Option(help="Globs with commas, e.g. 'blocks.*'. Default: embeddings, blocks, norm.")
 ]
@@ -367,7 +367,7 @@ def compare(
     if as_json:
         print(json.dumps(document(outcome, table, compared, report), indent=1))
     else:
-        print_table(table)
+        print_table(table, outcome.score_name)
         sentences = [*failures(table), *skipped(outcome), *verdicts(outcome, compared)]
         print("\n".join([*sentences, f"report: {report}"]))
     if any(row["error"] for row in table):
@@ -434,13 +434,14 @@ def plan(
 
 @app.command()
 def methods(as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """List the methods: kind, paper, and every option with its default."""
+    """List the methods: kind, paper, trained parameters, and every option with its default."""
     from .adapters._registry import describe, known_methods
 
     found = [describe(name) for name in known_methods()]
     lines = []
     for m in found:
         lines += [f"{m['name']} ({m['kind']}): {m['summary']}", f"  {m['paper']}"]
+        lines += [f"  {line}" for line in m["parameters"].splitlines()]
         lines += [f"  {m['name']}.{key}={str(o['default']).lower()}  {o['help']}" for key, o in m["config"].items()]
     _print(found, as_json, "\n".join(lines))
 
