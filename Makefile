@@ -12,10 +12,10 @@ demo: .venv/installed
 		--methods linear_probe,unipt,lst,lora,vpt --seeds 0,1 --epochs 3
 
 test: .venv/installed
-	$(BIN)/pytest -m "not long"
+	$(BIN)/pytest -m "not long" -n auto --dist worksteal
 
 test-all: .venv/installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .

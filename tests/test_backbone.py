@@ -372,7 +372,7 @@ def test_a_network_of_two_towers_asks_which(models: Path, uri: str) -> None:
 
 
 def test_a_network_without_towers_has_none_to_choose(models: Path) -> None:
-    with pytest.raises(SidebenchError, match="has no tower 'vision'"):
+    with pytest.raises(SidebenchError, match="it is one network, and no tower 'vision'"):
         toys.load(models / "bert", tower="vision")
 
 

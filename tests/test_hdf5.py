@@ -627,7 +627,9 @@ def test_methods_that_need_the_network_say_why(place: Path, task: str) -> None:
         with pytest.raises(SidebenchError, match="lst cannot run on mine: it copies the backbone's block"):
             _compare(place, task, "lst", settings={"lst": {"init": init}})
     outcome = _compare(place, task, "all")
-    assert set(outcome.records) == {"unipt", "linear_probe"}
+    probes = {"linear_probe", "attentive_probe", "head2toe"}
+    assert set(outcome.records) == {*probes, "unipt", "res_tuning_bypass", "sherl_single_anchor"}
+    assert all(record.error is None for records in outcome.records.values() for record in records)
     assert "no network behind them" in outcome.skipped["vpt"]
 
 
