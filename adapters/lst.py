@@ -10,7 +10,7 @@ the frozen block's output. The gradient stays in the side network.
 b_i is block i's raw output: before the backbone's final norm, and after the block it is mixed in front of the side copy
 of. A dropped block (option `keep`) has no side block and no ladder: s passes through. Its gate stays, unused, and is
 counted. Cached: the embeddings, the states of the kept blocks, and for merge_last the final layer.
-Trained, with S = D/r, F = mlp/r, K kept blocks of L:
+Trained, with S = D/r, F = mlp/r, K kept blocks of the L of one stack (for two see _lst_two_stacks.py):
     (K+1)(DS + S) + L + K(4(S²+S) + 2SF + F + S + 4S [+ 2S layer scale]) + 2S + SD + D [+ 1 merge_last] [- L no gate]
 
 init=fisher prunes by squared gradients and is the one thing here that back-propagates through the backbone: once,
@@ -31,6 +31,7 @@ from ..cache.backbone import Architecture
 from ..cache.block_weights import BackboneWeights
 from ._base import Batch, Body, CachedMethod, TrainingConfig, WeightsLoader, option
 from ._blocks import ACTIVATIONS, SideBlock
+from ._lst_two_stacks import TwoLadders
 from ._pruning import copy_pruned
 from ._recompute import in_slices, recomputed
 
@@ -64,11 +65,17 @@ class LST(CachedMethod):
 
     Config: ClassVar[type] = Config
     paper = "LST, NeurIPS 2022, arXiv 2206.06522"
+    two_stacks = True
 
     def refusal(self, arch: Architecture) -> str | None:
         """The side network copies the backbone's block, so that block must be known and divide by r."""
         config, r = self.config, self.config.reduction
-        if arch.norm is None or arch.heads is None or arch.mlp_width is None:
+        if arch.decoder_blocks and not arch.t5_blocks:
+            return (
+                "of encoder-decoders it copies the blocks of the first T5 alone (an MLP with a ReLU and no gate, heads "
+                f"that share the width), and this {arch.name} has others"
+            )
+        if not (arch.norm or arch.t5_blocks) or arch.heads is None or arch.mlp_width is None:
             return f"it copies the backbone's block, and {arch.name} has none this code can copy"
         if arch.activation is not None and arch.activation not in ACTIVATIONS:
             return f"it copies the backbone's block, and not the activation {arch.activation!r} of {arch.name}'s MLP"
@@ -78,8 +85,9 @@ class LST(CachedMethod):
             return f"temperature {config.temperature} is none for a gate; more than 0"
         if config.init == "fisher" and config.fisher_examples < 1:
             return "init=fisher needs lst.fisher_examples of 1 or more"
-        if kept_blocks(config.keep, arch.blocks) is None:
-            return f"lst.keep={config.keep} is neither all nor numbers from 0 to {arch.blocks - 1} with commas between"
+        depth = min(arch.blocks, arch.decoder_blocks or arch.blocks)  # the same blocks of both stacks are kept
+        if kept_blocks(config.keep, depth) is None:
+            return f"lst.keep={config.keep} is neither all nor numbers from 0 to {depth - 1} with commas between"
         if r < 1 or arch.width % r or arch.mlp_width % r or arch.width // r % arch.heads:
             return (
                 f"width {arch.width} divided by lst.reduction={r} does not split into {arch.heads} heads; "
@@ -95,21 +103,21 @@ class LST(CachedMethod):
     def layers(self, arch: Architecture) -> tuple[str, ...]:
         """What enters the first block, the kept blocks' outputs, and the final layer where it is merged."""
         last = (arch.final_layer,) if self.config.merge_last else ()
-        return tuple(dict.fromkeys((arch.states[0], *(arch.states[i + 1] for i in self._kept(arch)), *last)))
+        read = [
+            name
+            for states, kept in zip((arch.states, arch.decoder_states), self._kept(arch), strict=False)
+            for name in (states[0], *(states[index + 1] for index in kept))
+        ]
+        return tuple(dict.fromkeys((*read, *last)))
 
     def build(self, arch: Architecture, widths: Mapping[str, int], weights: WeightsLoader) -> Body:
         """See CachedMethod."""
         config = self.config
-        ladder = Ladder(
-            arch,
-            widths,
-            config.reduction,
-            config.temperature,
-            kept=self._kept(arch),
-            gated=config.gate == "learned",
-            merge_last=config.merge_last,
-            lean=config.lean,
-        )
+        options = {"gated": config.gate == "learned", "merge_last": config.merge_last, "lean": config.lean}
+        sizes = (arch, widths, config.reduction, config.temperature)
+        kept = self._kept(arch)
+        two = arch.decoder_blocks > 0
+        ladder = TwoLadders(*sizes, kept=kept, **options) if two else Ladder(*sizes, kept=kept[0], **options)
         if config.init != "random":
             loaded = weights()
             importance = loaded.importance if config.init == "fisher" else loaded
@@ -117,9 +125,11 @@ class LST(CachedMethod):
             ladder.begin_as(loaded, importance)
         return ladder
 
-    def _kept(self, arch: Architecture) -> tuple[int, ...]:
-        kept = kept_blocks(self.config.keep, arch.blocks)
-        assert kept is not None
+    def _kept(self, arch: Architecture) -> list[tuple[int, ...]]:
+        """Of each stack of blocks."""
+        depths = (arch.blocks, arch.decoder_blocks) if arch.decoder_blocks else (arch.blocks,)
+        kept = [found for depth in depths if (found := kept_blocks(self.config.keep, depth)) is not None]
+        assert len(kept) == len(depths)
         return kept
 
     def _dividing(self, arch: Architecture) -> int:

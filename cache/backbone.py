@@ -42,6 +42,7 @@ class Architecture:
     layer_scale: bool = False
     causal: bool = False  # a token attends to those before it only, so the last real token sums a text up
     decoder_blocks: int = 0  # of an encoder-decoder, whose `blocks` are the encoder's
+    t5_blocks: bool = False  # of an encoder-decoder: the blocks of both stacks are those of the first T5
     stages: tuple[tuple[int, int], ...] = ()  # (H, W) of each map `stages.0` … of a convolutional network
 
     @property
@@ -89,6 +90,7 @@ class Backbone:
         unloaded: Iterable[str] = (),
         stages: Sequence[str] = (),
         stacks: tuple[str, str] | None = None,
+        t5_blocks: bool = False,
     ) -> None:
         """`stages`: modules that yield the maps of a CNN; `stacks`: encoder and decoder of a network with both."""
         self.module = module.eval().requires_grad_(False)
@@ -118,6 +120,7 @@ class Backbone:
             causal=causal,
             stages=stage_grids,
             decoder_blocks=len(self.blocks) - len(self.encoder_blocks),
+            t5_blocks=t5_blocks,
         )
 
     @property

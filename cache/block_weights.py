@@ -15,6 +15,17 @@ _VALUE = ("value", "v_proj", "v_lin", "v")
 
 
 @dataclass(frozen=True)
+class CrossWeights:
+    """What a decoder's block reads the encoder with, named and shaped as in BlockWeights."""
+
+    query: tuple[Tensor, Tensor | None]
+    key: tuple[Tensor, Tensor | None]
+    value: tuple[Tensor, Tensor | None]
+    out: tuple[Tensor, Tensor | None]
+    norm1: tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
 class BlockWeights:
     """One transformer block: (weight, bias) pairs on the host; a weight is (rows = outputs, columns = inputs)."""
 
@@ -27,11 +38,15 @@ class BlockWeights:
     norm1: tuple[Tensor, Tensor | None]
     norm2: tuple[Tensor, Tensor | None]
     scales: tuple[Tensor, Tensor] | None  # layer scale after attention and after the MLP
+    across: CrossWeights | None = None
+    positions: Tensor | None = None  # T5's table of relative positions (buckets, heads), where a block has it
 
 
 @dataclass(frozen=True)
 class BackboneWeights:
     """Embedding (anything, D), the blocks, and the final norm where there is one.
+
+    Of an encoder-decoder the decoder's blocks stand behind the encoder's, and the final norm is the decoder's.
 
     importance: squared gradients summed over examples, under the same names, where a method asked for them.
     """
@@ -40,6 +55,7 @@ class BackboneWeights:
     blocks: tuple[BlockWeights, ...]
     norm: tuple[Tensor, Tensor | None] | None
     importance: "BackboneWeights | None" = None
+    encoder_norm: tuple[Tensor, Tensor | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,11 +125,14 @@ def read_weights(backbone: Backbone) -> BackboneWeights:
     """Copies of the weights on the host. Raises SidebenchError when a block is not the usual attention and MLP."""
     tables = [m.weight for m in backbone.module.modules() if isinstance(m, nn.Embedding)]
     patches = [m.weight.flatten(1).T for m in backbone.module.modules() if isinstance(m, nn.Conv2d)]
-    embedding = max(tables, key=len) if backbone.arch.modality == "text" else patches[0]
-    norm = None
-    if backbone.final_layer == "norm":
-        norm = _pair(backbone.module.get_submodule(backbone.tap_path("norm")))
-    return BackboneWeights(_host(embedding), tuple(_read_block(block) for block in backbone.blocks), norm)
+    embedding = max(tables, key=torch.numel) if backbone.arch.modality == "text" else patches[0]
+    norm, encoder_norm = (
+        _pair(backbone.module.get_submodule(backbone.tap_path(layer))) if layer in backbone.layers else None
+        for layer in ("norm", "encoder_norm")
+    )
+    read = _read_t5_block if backbone.arch.t5_blocks else _read_block
+    blocks = tuple(read(block) for block in backbone.blocks)
+    return BackboneWeights(_host(embedding), blocks, norm, encoder_norm=encoder_norm)
 
 
 def _read_block(block: nn.Module) -> BlockWeights:
@@ -131,6 +150,29 @@ def _read_block(block: nn.Module) -> BlockWeights:
     first, second = (_pair(m) for m in norms)
     pair = (_host(scales[0]), _host(scales[1])) if len(scales) == 2 else None
     return BlockWeights(query, key, value, out, fc1, fc2, first, second, pair)
+
+
+def _read_t5_block(block: nn.Module) -> BlockWeights:
+    own, *across, mlp = block.get_submodule("layer").children()
+    query, key, value, out, norm1 = _read_t5_attention(own, "SelfAttention")
+    table = dict(own.named_modules()).get("SelfAttention.relative_attention_bias")
+    return BlockWeights(
+        query,
+        key,
+        value,
+        out,
+        fc1=_pair(mlp.get_submodule("DenseReluDense.wi")),
+        fc2=_pair(mlp.get_submodule("DenseReluDense.wo")),
+        norm1=norm1,
+        norm2=_pair(mlp.get_submodule("layer_norm")),
+        scales=None,
+        across=CrossWeights(*_read_t5_attention(across[0], "EncDecAttention")) if across else None,
+        positions=None if table is None else _pair(table)[0],
+    )
+
+
+def _read_t5_attention(layer: nn.Module, name: str) -> list[tuple[Tensor, Tensor | None]]:
+    return [_pair(layer.get_submodule(path)) for path in (*(f"{name}.{part}" for part in "qkvo"), "layer_norm")]
 
 
 def _pair(module: nn.Module) -> tuple[Tensor, Tensor | None]:

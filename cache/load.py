@@ -37,6 +37,14 @@ MAX_LENGTH = 128  # tokens: enough for sentences, and stated in the digest
 _POST_NORM = {"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "mpnet"}
 _PRE_NORM = {"vit", "deit", "dinov2", "dinov2_with_registers", "clip_vision_model", "clip_text_model", "vit_mae"}
 _CAUSAL = {"clip_text_model"}
+# What all of the first T5's sizes have in common, up to T5-large, and its later versions do not.
+_FIRST_T5 = {
+    "model_type": "t5",
+    "feed_forward_proj": "relu",
+    "layer_norm_epsilon": 1e-6,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+}
 
 
 def load_backbone(
@@ -163,6 +171,7 @@ def family_facts(config: Any, tower: str | None = None) -> dict[str, Any]:
     """What Backbone is told of a transformers configuration, by the names of its arguments."""
     return {
         "stacks": ("encoder", "decoder") if tower == "both" else None,
+        "t5_blocks": tower == "both" and _has_t5_blocks(config),
         "norm": _norm_of(config),
         "causal": config.model_type in _CAUSAL,
         "heads": getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None),
@@ -204,6 +213,12 @@ def _norm_of(config: Any) -> Norm | None:
     if config.model_type in _POST_NORM:
         return "post"
     return "pre" if config.model_type in _PRE_NORM else None
+
+
+def _has_t5_blocks(config: Any) -> bool:
+    if any(getattr(config, name, None) != value for name, value in _FIRST_T5.items()):
+        return False
+    return bool(config.num_heads * config.d_kv == config.d_model <= config.d_ff)  # of T5-3B the heads are wider
 
 
 def _config_facts(config: Any) -> dict[str, Any]:

@@ -21,7 +21,8 @@ _LAYER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 _LARGEST_MANIFEST_BYTES = 512 * 2**20
 _LARGEST_COUNT = 2**48
 _MOST_BLOCKS = 10_000
-_SAID_WHERE_ANY = ("stages", "decoder_blocks")  # of an architecture: came later, and older stores keep their digest
+# Of an architecture: came later, and older stores keep their digest.
+_SAID_WHERE_ANY = ("stages", "decoder_blocks", "t5_blocks")
 
 
 @dataclass(frozen=True)
@@ -262,6 +263,7 @@ def _architecture(values: Any) -> Architecture:
         and made.norm in (None, *get_args(Norm))
         and isinstance(made.norm_eps, float | int)
         and isinstance(made.layer_scale, bool)
+        and isinstance(made.t5_blocks, bool)
         and max(_count(made.blocks), _count(made.decoder_blocks)) <= _MOST_BLOCKS
         and len(stages) <= _MOST_BLOCKS
     ):

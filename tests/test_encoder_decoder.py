@@ -92,11 +92,11 @@ def compared(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     folder = tmp_path_factory.mktemp("t5")
     write_texts(folder / "reviews.jsonl", 60)
     inputs = Inputs(f"hf:{models / 't5'}?tower=both", f"jsonl:{folder / 'reviews.jsonl'}", device="cpu")
-    request = Request(inputs, ("linear_probe", "unipt", "lora", "full"), {}, seeds=(0,), epochs=1)
+    request = Request(inputs, ("linear_probe", "unipt", "lst", "lora", "full"), {}, seeds=(0,), epochs=1)
     return compare(request, home=folder, cache_dir=folder / "caches", runs_dir=folder / "runs")
 
 
-@pytest.mark.parametrize("name", ["linear_probe", "unipt", "lora", "full"])
+@pytest.mark.parametrize("name", ["linear_probe", "unipt", "lst", "lora", "full"])
 def test_methods_run_on_both_stacks_and_are_predicted_to_the_byte(compared: Outcome, name: str) -> None:
     (record,) = compared.records[name]
     assert record.error is None
