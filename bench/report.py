@@ -137,8 +137,8 @@ def _unconverged(outcome: Outcome) -> str:
 def _legend() -> str:
     return (
         "Tracked peak: exact bytes of live tensors in one training step on the longest batch, steady state; includes "
-        "weights, gradients, optimizer and batch (of a method solved at once: its solver with a full history, an upper bound). "
-        "Device peak: CUDA's max_memory_allocated. Host growth: sampled "
+        "weights, gradients, optimizer and batch (of a method solved at once: its solver with a full history, an upper "
+        "bound). Device peak: CUDA's max_memory_allocated. Host growth: sampled "
         "anonymous resident memory above its level before the step, so weights are not in it; corroboration, not a "
         "result. These are different kinds of figure; compare within a column. Train s and examples/s leave evaluation "
         "out and, for cached methods, the one-off build of the cache (below). 95 % over seeds: Student t; of width "

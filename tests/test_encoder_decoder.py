@@ -72,6 +72,16 @@ def test_a_store_keeps_the_decoders_one_token_beside_texts_of_any_length(
         torch.testing.assert_close(read.layers[layer], live[layer], atol=1e-5, rtol=1e-5)
 
 
+def test_a_network_of_one_stack_keeps_the_digest_it_had(
+    tiny_bert: Backbone, tiny_t5: Backbone, text_examples: ToyExamples, tmp_path: Path
+) -> None:
+    """Facts that came later are said only where there are any."""
+    later = {"stages", "decoder_blocks", "t5_blocks"}
+    for backbone, said in ((tiny_bert, set()), (tiny_t5, {"decoder_blocks", "t5_blocks"})):
+        store = ZarrStore(build_store(backbone, text_examples, tmp_path / backbone.arch.name).folder)
+        assert later & set(store.manifest.facts()["architecture"]) == said
+
+
 def test_lora_enters_self_and_cross_attention_of_both_stacks(tiny_t5: Backbone) -> None:
     method = find_method("lora").configured({"rank": "2"})
     assert isinstance(method, LiveMethod)
