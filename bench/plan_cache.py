@@ -26,6 +26,7 @@ from .prepare import Say
 from .tasks.base import Pooling
 
 _SAMPLE_BYTES = 64 * 10**6  # enough that opening files does not count
+_TIMINGS = ("write_bytes_per_second", "read_bytes_per_second", "build_seconds", "break_even_passes")
 _FORWARD_EXAMPLES = 8
 _FORWARDS, _EPOCHS = 3, 3  # the fastest counts: the first is cold
 
@@ -105,27 +106,28 @@ def cache_facts(about: CacheFacts, real: Backbone | None, cache_dir: Path, say: 
         "layers": list(about.layers()),
         "form": {"tokens": about.step.form.tokens, "dtype": about.step.form.dtype, "views": about.step.form.views},
         "examples": about.data.num_examples,
+        "ragged": about.manifest(1).ragged,
         "bytes_per_example": bytes_per_example(about),
         "bytes": None,
         "forward_seconds_per_example": None,
         "write_bytes_per_second": None,
         "read_bytes_per_second": None,
+        "build_seconds": None,
         "break_even_passes": None,
         "unavailable": unavailable,
     }
-    ragged = about.manifest(1).ragged
     if about.data.num_examples is None:
         unavailable["bytes"] = "no --task and no --num-examples says how many examples there are"
-    elif ragged and not about.data.lengths:
+    elif facts["ragged"] and not about.data.lengths:
         unavailable["bytes"] = (
             "without a tokenizer and texts their lengths are unknown; bytes_per_example is that of the longest, so at "
             f"most {about.manifest(about.data.num_examples).stored_bytes:,}"
         )
     else:
         facts["bytes"] = about.manifest(about.data.num_examples, about.rows()).stored_bytes
-    timings = ("forward_seconds_per_example", "write_bytes_per_second", "read_bytes_per_second", "break_even_passes")
     if real is None:
-        unavailable |= dict.fromkeys(timings, "an architecture without weights is not run; give hf: or sample:")
+        why = "an architecture without weights is not run; give hf: or sample:"
+        unavailable |= dict.fromkeys(("forward_seconds_per_example", *_TIMINGS), why)
         return facts
     say("measuring the forward pass and a small store on this machine")
     facts |= _measured(about, real, cache_dir, facts["bytes_per_example"], unavailable)
@@ -150,18 +152,23 @@ def _measured(
         written, read = store_speed(about, cache_dir)
     except (OSError, SidebenchError) as error:
         reason = f"a small store could not be written to {cache_dir}: {error}"
-        names = ("write_bytes_per_second", "read_bytes_per_second", "break_even_passes")
-        unavailable |= dict.fromkeys(names, reason)
+        unavailable |= dict.fromkeys(_TIMINGS, reason)
         return found
     found |= {"write_bytes_per_second": written, "read_bytes_per_second": read}
-    live, cached = found["forward_seconds_per_example"], example_bytes / read
+    items = 1 + about.step.form.views  # all are computed and written, one of an example is read in a pass
+    live, cached = found["forward_seconds_per_example"], example_bytes / items / read
+    building = items * live + example_bytes / written
+    if about.data.num_examples is None:
+        unavailable["build_seconds"] = unavailable["bytes"]
+    else:
+        found["build_seconds"] = about.data.num_examples * building
     if cached >= live:
         unavailable["break_even_passes"] = (
             f"never: reading an example takes {cached * 1e3:.2f} ms here and computing it {live * 1e3:.2f} ms; keep "
             "fewer layers or tokens, or train live"
         )
     else:
-        found["break_even_passes"] = break_even(live + example_bytes / written, live, cached)
+        found["break_even_passes"] = break_even(building, live, cached)
     return found
 
 

@@ -60,6 +60,9 @@ def _cache(cache: Mapping[str, Any]) -> str:
         text += f"; one forward takes {cache['forward_seconds_per_example'] * 1e3:.2f} ms per example here"
     if cache["read_bytes_per_second"] is not None:
         text += f", reading runs at {cache['read_bytes_per_second'] / _MIB:,.0f} MiB/s (page cache)"
+    if cache["build_seconds"] is not None:
+        like = ", were every text as long as the longest" if cache["ragged"] else ""
+        text += f"; building takes about {cache['build_seconds']:,.0f} s{like}"
     if cache["break_even_passes"] is not None:
         return f"{text}; building pays after {cache['break_even_passes']:.1f} passes."
     return f"{text}. Break-even passes unknown: {cache['unavailable']['break_even_passes']}."

@@ -253,8 +253,26 @@ def test_with_weights_this_machine_is_measured(planned: Plan, models: Path, tmp_
     cache = planned(backbone=f"hf:{models / family}", num_examples=10)["cache"]
     for name in ("forward_seconds_per_example", "write_bytes_per_second", "read_bytes_per_second"):
         assert cache[name] > 0
+    written = cache["bytes_per_example"] / cache["write_bytes_per_second"]
+    assert cache["build_seconds"] == pytest.approx(10 * (cache["forward_seconds_per_example"] + written))
+    assert cache["ragged"] == (family == "bert")
     assert (cache["break_even_passes"] is None) == ("break_even_passes" in cache["unavailable"])
     assert list((tmp_path / "caches").iterdir()) == []  # the trial store is gone
+
+
+@pytest.mark.usefixtures("small_sample")
+def test_every_view_is_computed_and_written_and_one_is_read(
+    planned: Plan, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_cache, "store_speed", lambda about, folder: (1e9, 1e12))
+    monkeypatch.setattr(plan_cache, "forward_seconds", lambda real, about: 2.0)
+    plain, viewed = (
+        planned(backbone=f"hf:{models / 'vit'}", num_examples=10, capture=CaptureOptions(views=views))["cache"]
+        for views in (0, 3)
+    )
+    assert plain["build_seconds"] == pytest.approx(20, rel=1e-3)
+    assert viewed["build_seconds"] == pytest.approx(80, rel=1e-3)
+    assert viewed["break_even_passes"] == pytest.approx(4, rel=1e-3)
 
 
 @pytest.mark.usefixtures("small_sample")
