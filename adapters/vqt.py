@@ -33,6 +33,7 @@ from ..cache.pooling import masked_mean, pooling_mask
 from ._base import Batch, Body, CachedMethod, TrainingConfig, WeightsLoader, option
 from ._blocks import ACTIVATIONS, scaled
 from ._recompute import in_slices, recomputed
+from ._tokens import summary_position, summary_token
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,7 @@ class QueriedBlocks(Body):
         tokens = batch.state(self.final)
         if self.summary == "mean":
             return masked_mean(tokens, pooling_mask(batch.mask, self.prefix_tokens))[:, None]
-        position = batch.mask.sum(1) - 1 if self.last_real else torch.zeros_like(batch.mask[:, 0], dtype=torch.long)
-        return tokens[torch.arange(len(tokens), device=tokens.device), position][:, None]
+        return summary_token(tokens, summary_position(batch.mask, last_real=self.last_real))[:, None]
 
     def block_summary(self, index: int, batch: Batch) -> Tensor:
         """Z_index (B, T, D)."""

@@ -22,7 +22,8 @@ from transformers.activations import ACT2FN
 from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm
 
 from sidebench.bench.allocator import AllocatorPeaks
-from sidebench.bench.predict import building, predict_steps
+from sidebench.bench.fake_building import building
+from sidebench.bench.predict import predict_steps
 from sidebench.bench.tracker import TrackedPeak
 
 MIB = 2**20

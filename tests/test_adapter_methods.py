@@ -15,7 +15,7 @@ from toys import load, make_images, save_t5
 
 from sidebench.adapters._base import Batch, Body, LiveMethod, trained
 from sidebench.adapters._registry import find_method
-from sidebench.bench.predict import building
+from sidebench.bench.fake_building import building
 from sidebench.cache.backbone import Backbone
 from sidebench.cache.block_weights import block_modules
 from sidebench.cache.configs import config_backbone, fake_mode, without_weights

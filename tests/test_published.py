@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import T5Config, T5ForConditionalGeneration
 
+from sidebench.bench.fake_building import building
 from sidebench.bench.plan import PlanRequest, plan
-from sidebench.bench.predict import building
 
 ROOT = Path(__file__).parent.parent
 MIB = 2**20
