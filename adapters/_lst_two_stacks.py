@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cache.backbone import Architecture
+from ..cache.architecture import Architecture
 from ..cache.block_weights import BackboneWeights, BlockWeights, CrossWeights
 from ._base import Batch, Body
 from ._pruning import kept_rows, strongest
@@ -50,6 +50,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.norm = RMSNorm(width, eps)
         self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.softmax = nn.Softmax(-1)  # a module, so that a dropout can be hooked behind it
         nn.init.normal_(self.query.weight, std=(width * width // heads) ** -0.5)  # as T5 begins; scores are not scaled
         for linear in (self.key, self.value, self.out):
             nn.init.normal_(linear.weight, std=width**-0.5)
@@ -63,7 +64,7 @@ class Attention(nn.Module):
         scores = q @ k.mT  # (B, H, Q, K)
         if bias is not None:
             scores = scores + bias
-        weights = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1)
+        weights = self.softmax(scores.masked_fill(~seen, torch.finfo(scores.dtype).min))
         return x + self.out((weights @ v).transpose(1, 2).flatten(2))
 
 

@@ -7,7 +7,7 @@ semantics are CUDA's, the step is the second. Nothing is downloaded: networks ar
 The published figures are second-hand: those that MP-ISMoE (arXiv 2605.04058) prints for these methods.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +19,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.activations import ACT2FN
-from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
+from sidebench.adapters._base import Batch as StateBatch
+from sidebench.adapters._lst_two_stacks import Attention, SideStack, SlimBlock
+from sidebench.adapters.lst import LST, Config
 from sidebench.bench.allocator import AllocatorPeaks
 from sidebench.bench.fake_building import building
 from sidebench.bench.predict import predict_steps
 from sidebench.bench.tracker import TrackedPeak
+from sidebench.cache.backbone import Backbone
+from sidebench.cache.block_weights import BackboneWeights
+from sidebench.cache.configs import TextShapes
+from sidebench.cache.load import family_facts
+from sidebench.cache.preprocess import FirstStep
 
 MIB = 2**20
 PAPER_GB = 2**20 * 1000  # what LST, UniPT and SHERL print as "GB": bytes / 1024^2 / 1000
@@ -42,9 +50,7 @@ T5_BASE_PARAMS = 222_903_552
 BOTTLENECK = 48  # of the adapters: 768 / 16
 LORA_RANK = 32
 LORA_DROPOUT = 0.1  # on the input of each pair; LST's repository states it for CLIP-ViL, its T5 value was not found
-REDUCTION = 8  # of LST
-DROPPED = (0, 4, 8)  # blocks without a side block, in the encoder and in the decoder
-GATE_TEMPERATURE = 0.1
+LADDER = Config(reduction=8, keep="1,2,3,5,6,7,9,10,11", init="random", lean=False)
 
 Batch = dict[str, Tensor]
 Loss = Callable[[slice], Tensor]
@@ -141,122 +147,62 @@ def _with_biases(network: nn.Module) -> nn.Module:
     return network
 
 
-class SideStack(nn.Module):
-    """LST's side network beside an encoder or a decoder, every width divided by r; it climbs one backbone block a call.
+class CachedLadder(nn.Module):
+    """Ours: LST's side network from stored states, with the frozen head, which T5 scales by the full width."""
 
-    s_0 = W_e embeddings;  s_i = Block_i(mu_i s_(i-1) + (1 - mu_i) W_i b_i) at the kept blocks, s_i = s_(i-1) elsewhere.
-    """
-
-    def __init__(self, config: T5Config, reduction: int, dropped: Sequence[int]) -> None:
+    def __init__(self, network: nn.Module, config: Config = LADDER) -> None:
         super().__init__()
-        width = config.d_model // reduction
-        slim = {"d_model": width, "d_kv": config.d_kv // reduction, "d_ff": config.d_ff // reduction}
-        side = type(config)(**{**config.to_dict(), **slim}, attn_implementation="eager")
-        side.is_decoder = config.is_decoder
-        kept = [index for index in range(config.num_layers) if index not in dropped]
-        self.first = nn.Linear(config.d_model, width)
-        self.down = nn.ModuleDict({str(i): nn.Linear(config.d_model, width) for i in kept})
-        self.alpha = nn.Parameter(torch.zeros(config.num_layers))  # a dropped block's gate is there and unused
-        # The first kept block owns the table of relative positions.
-        self.blocks = nn.ModuleDict({str(i): T5Block(side, i == kept[0], layer_idx=i) for i in kept})
-        self.norm = T5LayerNorm(width, config.layer_norm_epsilon)
-        self.dropout = nn.Dropout(config.dropout_rate)
-
-    def begin(self, embeddings: Tensor) -> None:
-        """Take the backbone's embeddings (B, T, D)."""
-        self.side = self.first(embeddings)  # (B, T, S)
-        self.positions: tuple[Tensor | None, Tensor | None] = (None, None)
-
-    def climb(self, index: int, state: Tensor, mask: Tensor, memory: Tensor | None, memory_mask: Any) -> None:
-        """Take the output (B, T, D) of backbone block `index`; `memory` is the encoder's side output (B, T, S)."""
-        if str(index) not in self.blocks:
-            return
-        gate = torch.sigmoid(self.alpha[index] / GATE_TEMPERATURE)
-        mixed = gate * self.side + (1 - gate) * self.down[str(index)](state)
-        own, across = self.positions
-        self.side, *positions = self.blocks[str(index)](mixed, mask, own, memory, memory_mask, across)
-        self.positions = (positions[0], positions[1])
-
-    def end(self) -> Tensor:
-        """The output (B, T, S); the stack keeps nothing of the climb."""
-        found = self.dropout(self.norm(self.side))
-        del self.side, self.positions
-        return found
-
-
-class Ladder(nn.Module):
-    """Both side stacks, the projection up and the frozen head, which T5 scales by the full width."""
-
-    def __init__(self, network: nn.Module, reduction: int = REDUCTION, dropped: Sequence[int] = DROPPED) -> None:
-        super().__init__()
-        self.width = network.config.d_model
-        self.encoder_side = SideStack(network.encoder.config, reduction, dropped)
-        self.decoder_side = SideStack(network.decoder.config, reduction, dropped)
-        self.up = nn.Linear(self.width // reduction, self.width)
+        arch, method = backbone_of(network).arch, LST(config)
+        self.layers = method.layers(arch)
+        self.side = method.build(arch, dict.fromkeys(self.layers, arch.width), read_none)
+        self.dropout = nn.Dropout(network.config.dropout_rate)
+        for part in self.side.modules():
+            self._drop_as_t5(part)
         self.lm_head = network.lm_head
 
-    def logits(self, side: Tensor) -> Tensor:
-        """(B, T, S) -> (B, T, vocabulary)."""
-        return self.lm_head(self.up(side) * self.width**-0.5)
+    def forward(self, attention_mask: Tensor, labels: Tensor, **states: Tensor) -> Tensor:
+        """The loss; `states` by layer: of each stack the embeddings, then each kept block's output."""
+        masks = {layer: attention_mask.bool() for layer in self.layers if not layer.startswith("decoder.")}
+        side = self.side(StateBatch(torch.ones_like(labels, dtype=torch.bool), states, masks=masks))
+        logits = self.lm_head(side * self.side.width**-0.5)
+        return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+    def _drop_as_t5(self, part: nn.Module) -> None:
+        """Dropout where LST's code has it; the product leaves it out."""
+        if isinstance(part, SlimBlock):
+            part.fc2.register_forward_pre_hook(lambda _, given: self.dropout(given[0]))
+        behind = {SideStack: ("norm",), Attention: ("softmax", "out"), SlimBlock: ("fc2",)}
+        for name in behind.get(type(part), ()):
+            part.get_submodule(name).register_forward_hook(lambda _, __, out: self.dropout(out))
 
 
-class LiveLadder(Ladder):
+class LiveLadder(CachedLadder):
     """LST as its own script measures it: the frozen backbone runs beside it, without a graph."""
 
-    def __init__(self, network: nn.Module, reduction: int = REDUCTION, dropped: Sequence[int] = DROPPED) -> None:
-        super().__init__(network.requires_grad_(False), reduction, dropped)
+    def __init__(self, network: nn.Module, config: Config = LADDER) -> None:
+        super().__init__(network, config)
         self.network = network
-        self.memory: Tensor | None = None
-        for stack, side in ((network.encoder, self.encoder_side), (network.decoder, self.decoder_side)):
-            for index, block in enumerate(stack.block):
-                block.register_forward_hook(self._climb(side, index))
+        self.backbone = backbone_of(network)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
         """The loss."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        states: dict[str, Tensor] = {}
         with torch.no_grad():
-            memory = self.network.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-            with torch.enable_grad():
-                self.memory = self.encoder_side.end()
-            self.network.decoder(
-                input_ids=self.network._shift_right(labels),
-                encoder_hidden_states=memory,
-                encoder_attention_mask=attention_mask,
-                use_cache=False,
-            )
-        self.memory = None
-        return _loss(self.logits(self.decoder_side.end()), labels)
-
-    def _climb(self, side: SideStack, index: int) -> Callable[..., None]:
-        def hook(block: nn.Module, given: tuple[Any, ...], found: tuple[Tensor, ...]) -> None:
-            with torch.enable_grad():
-                if index == 0:
-                    side.begin(given[0])
-                side.climb(index, found[0], given[1], self.memory, given[4])
-
-        return hook
+            started = {**inputs, "decoder_input_ids": self.network._shift_right(labels)}
+            self.backbone.run(started, self.layers, states.__setitem__)
+        return super().forward(attention_mask, labels, **states)
 
 
-class CachedLadder(Ladder):
-    """Ours: the same side network from stored activations; of the backbone only the frozen head is there."""
+def backbone_of(network: nn.Module) -> Backbone:
+    """The network, frozen, with named layers of both stacks."""
+    first_step = FirstStep(TextShapes(SOURCE), network.config.decoder_start_token_id)
+    return Backbone(network, first_step, forward_options={"use_cache": False}, **family_facts(network.config, "both"))
 
-    def __init__(self, network: nn.Module, reduction: int = REDUCTION, dropped: Sequence[int] = DROPPED) -> None:
-        super().__init__(network, reduction, dropped)
-        self.lm_head.requires_grad_(False)
 
-    def forward(self, attention_mask: Tensor, labels: Tensor, **states: Tensor) -> Tensor:
-        """The loss; `states` are enc_0, enc_1, …: embeddings, then each kept block's output."""
-        mask = (1.0 - attention_mask[:, None, None, :].float()) * torch.finfo(torch.float32).min
-        causal = torch.full((labels.shape[1], labels.shape[1]), torch.finfo(torch.float32).min).triu(1)[None, None]
-        memory = self._run(self.encoder_side, states, "enc", mask, None, None)
-        return _loss(self.logits(self._run(self.decoder_side, states, "dec", causal, memory, mask)), labels)
-
-    def _run(
-        self, side: SideStack, states: Mapping[str, Tensor], name: str, mask: Tensor, memory: Any, memory_mask: Any
-    ) -> Tensor:
-        side.begin(states[f"{name}_0"].float())
-        for place, index in enumerate(side.blocks, 1):
-            side.climb(int(index), states[f"{name}_{place}"].float(), mask, memory, memory_mask)
-        return side.end()
+def read_none() -> BackboneWeights:
+    """The side network's start does not matter here."""
+    raise AssertionError("it starts at random")
 
 
 def lst() -> nn.Module:
@@ -279,21 +225,17 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-
-
 def batch_of(network: nn.Module) -> Batch:
     """A batch without padding: token ids and labels, or stored states."""
     batch = {
         "attention_mask": torch.ones(BATCH, SOURCE, dtype=torch.long),
         "labels": torch.zeros(BATCH, TARGET, dtype=torch.long),
     }
-    if not isinstance(network, CachedLadder):
+    if type(network) is not CachedLadder:
         return {"input_ids": torch.zeros(BATCH, SOURCE, dtype=torch.long), **batch}
-    for name, tokens, side in (("enc", SOURCE, network.encoder_side), ("dec", TARGET, network.decoder_side)):
-        for place in range(len(side.blocks) + 1):
-            batch[f"{name}_{place}"] = torch.zeros(BATCH, tokens, network.width, dtype=torch.float16)
+    for layer in network.layers:
+        tokens = TARGET if layer.startswith("decoder.") else SOURCE
+        batch[layer] = torch.zeros(BATCH, tokens, T5_BASE["d_model"], dtype=torch.float16)
     return batch
 
 
@@ -309,7 +251,7 @@ def predict(name: str, *, as_released: bool = False) -> Found:
 
             def loss(rows: slice) -> Tensor:
                 part = {key: value[rows] for key, value in batch.items()}
-                ladder = isinstance(network, Ladder)
+                ladder = isinstance(network, CachedLadder)
                 found = network(**part) if ladder else network(**part, use_cache=False).loss
                 held.clear()
                 return found
@@ -340,7 +282,7 @@ def _held(network: nn.Module) -> Iterator[list[Tensor]]:
     handles = [
         module.register_forward_hook(keep)
         for name, module in network.named_modules()
-        if "decoder" in name and name.endswith((".k", ".v"))
+        if "decoder" in name and name.endswith((".k", ".v", ".key", ".value"))
     ]
     yield held
     for handle in handles:
