@@ -1,6 +1,6 @@
 """`lora@last4`: a live method on the backbone's last blocks alone, fed from a cache."""
 
-from ..cache.backbone import Architecture
+from ..cache.architecture import Architecture
 from ..cache.suffix import Suffix
 from ._base import Body, LiveMethod, PrefixMethod
 

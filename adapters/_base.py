@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
-from ..cache.backbone import Architecture, Backbone
+from ..cache.architecture import Architecture
+from ..cache.backbone import Backbone
 from ..cache.block_weights import BackboneWeights
 from ..cache.encode import Stored
 from ..cache.errors import SidebenchError, unknown
@@ -33,11 +34,37 @@ def option(default: Any, help: str) -> Any:
 
 
 @dataclass(frozen=True)
+class Defaults:
+    """What a family of tasks changes in a method's defaults, and who trains it so there."""
+
+    source: str
+    options: Mapping[str, Any]
+
+
+Families = Mapping[str, Defaults]
+"""By family, the name of a benchmark (bench.tasks.load.FAMILIES): what a Config's `families` holds."""
+
+
+def defaults(source: str, **options: Any) -> Defaults:
+    """The entry of a family in a Config's `families`."""
+    return Defaults(source, options)
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """Options of every method trained in the common loop; a method's Config overrides defaults with their source."""
 
+    families: ClassVar[Families] = {}
     lr: float = option(1e-3, "peak learning rate")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay")
+    schedule: Literal["cosine", "linear", "constant"] = option(
+        "cosine", "the learning rate falls to zero along half a cosine or a line, or stays"
+    )
+    warm_up: float = option(0.1, "share of the steps in which the learning rate rises linearly")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warm_up <= 1:
+            raise SidebenchError(f"warm_up is a share of the steps, 0 to 1; found {self.warm_up:g}.")
 
 
 @dataclass(frozen=True)
@@ -52,6 +79,7 @@ class LiveConfig(TrainingConfig):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
             raise SidebenchError(
                 "optimizer=adamw8bit needs bitsandbytes, which is not installed: pip install 'sidebench[8bit]'."
@@ -261,19 +289,25 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def configured(method_name: str, config_class: type, settings: Mapping[str, str]) -> Any:
-    """A Config with `settings` (KEY=VALUE as typed) over its defaults.
+def family_defaults(config_class: type, family: str | None) -> Defaults:
+    """What a Config says of a family of tasks; nothing, where it says nothing."""
+    families: Families = getattr(config_class, "families", {})
+    return families.get(family or "", Defaults("", {}))
+
+
+def configured(method_name: str, config_class: type, settings: Mapping[str, str], family: str | None = None) -> Any:
+    """A Config with `settings` (KEY=VALUE as typed) over its defaults, those for the family of tasks going first.
 
     Raises SidebenchError for an unknown key or a value that does not fit its type.
     """
     hints = get_type_hints(config_class)
     known = {field.name: field for field in dataclasses.fields(config_class)}
-    values = {}
-    for key, text in settings.items():
+    chosen = family_defaults(config_class, family).options
+    for key in (*chosen, *settings):
         if key not in known:
             raise unknown(f"option of {method_name}", key, known)
-        values[key] = _parsed(f"{method_name}.{key}", text, hints[key])
-    return config_class(**values)
+    typed = {key: _parsed(f"{method_name}.{key}", text, hints[key]) for key, text in settings.items()}
+    return config_class(**{**chosen, **typed})
 
 
 def _parsed(name: str, text: str, hint: Any) -> Any:
@@ -304,3 +338,9 @@ def describe_config(config_class: type) -> dict[str, dict[str, Any]]:
         field.name: {"default": field.default, "help": field.metadata.get("help", "")}
         for field in dataclasses.fields(config_class)
     }
+
+
+def describe_families(config_class: type) -> dict[str, dict[str, Any]]:
+    """What each family of tasks changes in the defaults, and the source."""
+    families: Families = getattr(config_class, "families", {})
+    return {name: dataclasses.asdict(found) for name, found in families.items()}

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..cache.backbone import Architecture, Backbone
+from ..cache.architecture import Architecture
+from ..cache.backbone import Backbone
 from ..cache.block_weights import attention_projections
 from ._base import BackboneBody
 
@@ -15,13 +16,6 @@ def lacks_blocks(arch: Architecture) -> str | None:
     if arch.blocks and arch.mlp_width:  # a block of convolutions has no Linear, and so no MLP width
         return None
     return "it needs a backbone of attention blocks, each with an MLP"
-
-
-def lacks_plain_blocks(arch: Architecture) -> str | None:
-    """The same of a method that has a place for one attention and one MLP per block, and none for a cross-attention."""
-    if arch.decoder_blocks:
-        return "a decoder's blocks have two attentions and it is defined for one; it works on the encoder alone"
-    return lacks_blocks(arch)
 
 
 class Bottleneck(nn.Module):

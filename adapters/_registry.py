@@ -15,11 +15,12 @@ from typing import Any, get_args
 
 from ..cache.errors import SidebenchError, unknown
 from ._at_last import AtLast
-from ._base import Kind, LiveMethod, Method, configured, describe_config
+from ._base import FittedMethod, Kind, LiveMethod, Method, configured, describe_config, describe_families
 
 _TRAINED = re.compile(r"\bTrained[:,].*?(?=\n\n|\Z)", re.DOTALL)
 TABLE = re.compile(r"<!-- methods: [^\n]*-->\n(.*?)\n<!-- end of methods -->", re.DOTALL)
-_LAST = re.compile(r"last([1-9][0-9]{0,3})")
+_LAST = re.compile(r"last[1-9][0-9]{0,3}(@|\Z)")
+SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,17 @@ class Named:
     key: str
     cls: type[Method]
     last: int | None = None  # `@lastK`: on the last K blocks alone
+    init: Path | None = None  # `@FILE.safetensors`: what its modules start as, see _pretrained.py
+    twin: str | None = None  # with `init`: as typed without it, the same from its own initialisation
 
     @property
     def kind(self) -> Kind:
         """What stays in memory while it trains."""
         return self.cls.kind if self.last is None else "prefix"
 
-    def configured(self, settings: Mapping[str, str]) -> Method:
-        """The method with `settings` (KEY -> text) over its defaults."""
-        method = self.cls(configured(self.key, self.cls.Config, settings))
+    def configured(self, settings: Mapping[str, str], family: str | None = None) -> Method:
+        """The method with `settings` (KEY -> text) over its defaults, those for the family of tasks going first."""
+        method = self.cls(configured(self.key, self.cls.Config, settings, family))
         if self.last is None:
             return method
         assert isinstance(method, LiveMethod)
@@ -56,22 +59,47 @@ def _files() -> list[str]:
 
 
 def find_method(text: str) -> Named:
-    """Resolve `unipt`, an entry point, or `./mine.py`; a live method also on the last blocks alone, `lora@last4`.
+    """Resolve `unipt`, an entry point, or `./mine.py`.
 
-    Raises SidebenchError with the nearest name for an unknown one, and for a file that does not hold one method.
+    Behind an @ may stand `lastK` (a live method on the last blocks alone, `lora@last4`), a file of pre-trained modules
+    (`vpt@FILE.safetensors`), or both (`lora@last4@FILE.safetensors`). Raises SidebenchError with the nearest name for
+    an unknown method, and for a file that is missing or does not hold one method.
     """
-    name, at, rest = text.rpartition("@")
-    if not at:
-        return _find(text)
-    if (last := _LAST.fullmatch(rest)) is None:
-        raise SidebenchError(f"{text!r}: behind the @ stands lastK, the number of blocks to hold, as in lora@last4.")
-    named = _find(name)
+    name, rest = _parted(text)
+    named = replace(_find(name), text=text)
+    if rest is None:
+        return named
+    last, _, path = rest.partition("@") if _LAST.match(rest) else ("", "", rest)
+    if path.endswith(SUFFIX):
+        named = replace(named, init=_init(Path(path), named), twin=text.removesuffix(f"@{path}"))
+    elif path or rest != last:
+        raise SidebenchError(
+            f"{text!r}: behind the @ stands lastK, the number of blocks to hold, as in lora@last4, or a file that "
+            f"ends in {SUFFIX}, or one after the other."
+        )
+    if not last:
+        return named
     if not issubclass(named.cls, LiveMethod):
         live = ", ".join(known for known in known_methods() if issubclass(_find(known).cls, LiveMethod))
         raise SidebenchError(
             f"{text}: {name} is a {named.cls.kind} method; @lastK takes one that trains inside the backbone: {live}."
         )
-    return replace(named, text=text, last=int(last[1]))
+    return replace(named, last=int(last.removeprefix("last")))
+
+
+def _parted(text: str) -> tuple[str, str | None]:
+    """The method, which may be a path, and what stands behind its @."""
+    ending = text.find(".py@")
+    at = text.find("@") if ending < 0 else ending + len(".py")
+    return (text, None) if at < 0 or text.endswith(".py") else (text[:at], text[at + 1 :])
+
+
+def _init(path: Path, named: Named) -> Path:
+    if issubclass(named.cls, FittedMethod):
+        raise SidebenchError(f"{named.key} is solved, not trained in steps: it has no modules to start from {path}.")
+    if not path.is_file():
+        raise SidebenchError(f"no file {path} of pre-trained modules; `bench pretrain --out {path}` makes one.")
+    return path
 
 
 def _find(text: str) -> Named:
@@ -98,6 +126,7 @@ def describe(name: str) -> dict[str, Any]:
         "summary": summary,
         "parameters": counted[0] if counted else "",
         "config": describe_config(cls.Config),
+        "families": describe_families(cls.Config),
     }
 
 

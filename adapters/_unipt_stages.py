@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..cache.backbone import Architecture
+from ..cache.architecture import Architecture
 from ._base import Batch
 from ._tokens import relu_l1
 from ._unipt_parallel import Parallel

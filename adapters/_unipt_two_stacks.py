@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ..cache.backbone import Architecture
+from ..cache.architecture import Architecture
 from ..cache.pooling import masked_mean
 from ._base import Batch
 from ._tokens import relu_l1

@@ -12,18 +12,20 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..cache.backbone import Architecture, Backbone
+from ..cache.architecture import Architecture
+from ..cache.backbone import Backbone
 from ..cache.block_weights import BlockModules, block_modules
-from ._base import Body, LiveConfig, LiveMethod, option
-from ._live import AdaptedBody, Bottleneck, lacks_plain_blocks
+from ._base import Body, Families, LiveConfig, LiveMethod, defaults, option
+from ._live import AdaptedBody, Bottleneck, lacks_blocks
 
 
 @dataclass(frozen=True)
 class Config(LiveConfig):
     """AdaptFormer's options."""
 
+    families: ClassVar[Families] = {"vtab": defaults("the width that benchmarks on VTAB-1k give it", bottleneck=8)}
     lr: float = option(1e-3, "peak learning rate (ours, not tuned; --lr auto chooses one)")
-    bottleneck: int = option(64, "b: width of the bottleneck (the paper's; benchmarks on VTAB-1k take 8)")
+    bottleneck: int = option(64, "b: width of the bottleneck (the paper's)")
     scale: float = option(0.1, "s: factor on what is added (the paper's)")
 
 
@@ -39,7 +41,7 @@ class AdaptFormer(LiveMethod):
             return f"a bottleneck of {self.config.bottleneck} times {self.config.scale:g} adds nothing"
         if not arch.norm:
             return "it needs a backbone of which it is known whether a block normalises before or after the sum"
-        return lacks_plain_blocks(arch)
+        return lacks_blocks(arch)
 
     def build(self, backbone: Backbone) -> Body:
         """See LiveMethod. Raises SidebenchError for blocks that are not one attention and one MLP."""

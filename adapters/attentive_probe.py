@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..cache.backbone import Architecture
+from ..cache.architecture import Architecture
 from ._base import Batch, Body, CachedMethod, TrainingConfig, WeightsLoader, option
 
 

@@ -8,16 +8,17 @@ Nothing is cached: the gradient crosses the whole backbone. Trained: every bias 
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..cache.architecture import Architecture, is_bias
 from ..cache.backbone import Backbone
 from ..cache.errors import SidebenchError
-from ._base import BackboneBody, Body, LiveConfig, LiveMethod, option
+from ._base import BackboneBody, Body, Families, LiveConfig, LiveMethod, defaults, option
 
 
 @dataclass(frozen=True)
 class Config(LiveConfig):
     """BitFit's options."""
 
-    # LST's BitFit baseline on GLUE takes 3e-4 over many more steps.
+    families: ClassVar[Families] = {"glue": defaults("LST's BitFit baseline for T5-base", lr=3e-4)}
     lr: float = option(3e-3, "peak learning rate (ours, for short runs: best of 3e-4, 1e-3, 3e-3 on MiniLM x tweets)")
 
 
@@ -28,11 +29,15 @@ class BitFit(LiveMethod):
     two_stacks = True
     paper = "BitFit, ACL 2022, arXiv 2106.10199"
 
+    def refusal(self, arch: Architecture) -> str | None:
+        """It needs biases, and T5 has none."""
+        return f"the output of {arch.name} depends on no bias, so there is nothing to train" if arch.biasless else None
+
     def build(self, backbone: Backbone) -> Body:
-        """See LiveMethod. Raises SidebenchError for a backbone without biases (T5 has none)."""
-        biases = [p for name, p in backbone.used_parameters().items() if name.rsplit(".", 1)[-1] == "bias"]
+        """See LiveMethod. Raises SidebenchError where the last blocks have no bias and earlier ones do."""
+        biases = [p for name, p in backbone.used_parameters().items() if is_bias(name)]
         if not biases:
-            raise SidebenchError(f"bitfit has nothing to train: the output of {backbone.arch.name} depends on no bias.")
+            raise SidebenchError(f"bitfit has nothing to train: what it holds of {backbone.arch.name} has no bias.")
         for bias in biases:
             bias.requires_grad_(True)
         return BackboneBody(backbone)

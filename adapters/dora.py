@@ -10,7 +10,8 @@ Nothing is cached: the gradient crosses the whole backbone. Trained: 2 L (2 D ra
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..cache.backbone import Architecture, Backbone
+from ..cache.architecture import Architecture
+from ..cache.backbone import Backbone
 from ._base import Body, LiveConfig, LiveMethod, option
 from ._live import lacks_blocks, low_rank_body
 

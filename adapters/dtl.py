@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..cache.backbone import Architecture
+from ..cache.architecture import Architecture
 from ..cache.errors import SidebenchError
 from ..cache.suffix import ENTERING, MASK, Suffix
 from ._base import BackboneBody, Batch, Body, PrefixMethod, TrainingConfig, option

@@ -8,13 +8,20 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..cache.backbone import Backbone
-from ._base import BackboneBody, Body, LiveConfig, LiveMethod, option
+from ._base import BackboneBody, Body, Families, LiveConfig, LiveMethod, defaults, option
+
+_VPT = defaults(
+    "VPT's code: the smallest of its rates 1e-4, 5e-4, 1e-3, 5e-3 (to take that one is ours); 5 of 100 epochs warm up",
+    lr=1e-4,
+    warm_up=0.05,
+)
 
 
 @dataclass(frozen=True)
 class Config(LiveConfig):
     """Options of full fine-tuning."""
 
+    families: ClassVar[Families] = {"vtab": _VPT, "fgvc": _VPT}
     lr: float = option(5e-5, "peak learning rate (the largest of BERT's fine-tuning grid, arXiv 1810.04805 app. A.3)")
     weight_decay: float = option(0.01, "AdamW's weight decay (BERT, arXiv 1810.04805 app. A.2)")
 

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..cache.backbone import Architecture
+from ..cache.architecture import Architecture
 from ._base import FittedMethod, option, task_loss
 
 

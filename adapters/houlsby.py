@@ -12,16 +12,20 @@ from typing import ClassVar
 
 from torch import nn
 
-from ..cache.backbone import Architecture, Backbone
+from ..cache.architecture import Architecture
+from ..cache.backbone import Backbone
 from ..cache.block_weights import block_modules
-from ._base import Body, LiveConfig, LiveMethod, option
-from ._live import AdaptedBody, Bottleneck, lacks_plain_blocks
+from ._base import Body, Families, LiveConfig, LiveMethod, defaults, option
+from ._live import AdaptedBody, Bottleneck, lacks_blocks
 
 
 @dataclass(frozen=True)
 class Config(LiveConfig):
     """Options of Houlsby's adapters."""
 
+    families: ClassVar[Families] = {
+        "glue": defaults("LST's baseline of such adapters for T5-base (it trains the norms along)", lr=3e-4)
+    }
     lr: float = option(1e-3, "peak learning rate (ours, not tuned; --lr auto chooses one)")
     reduction: int = option(16, "r: a bottleneck is D / r wide (the adapters library's default, with swish)")
 
@@ -36,7 +40,7 @@ class Houlsby(LiveMethod):
         """It needs attention blocks, and a bottleneck of one or more."""
         if not 1 <= self.config.reduction <= arch.width:
             return f"a bottleneck of {arch.width} / {self.config.reduction} is none; reduction is 1 to {arch.width}"
-        return lacks_plain_blocks(arch)
+        return lacks_blocks(arch)
 
     def build(self, backbone: Backbone) -> Body:
         """See LiveMethod. Raises SidebenchError for blocks that are not one attention and one MLP."""

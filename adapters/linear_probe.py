@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..cache.backbone import Architecture
+from ..cache.architecture import Architecture
 from ._base import FittedMethod, option, task_loss
 
 _FULL_HISTORY = 110  # L-BFGS iterations

@@ -9,8 +9,9 @@ Trained: 2 projections x L blocks x 2 x D x rank (square projections).
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..cache.backbone import Architecture, Backbone
-from ._base import Body, LiveConfig, LiveMethod, option
+from ..cache.architecture import Architecture
+from ..cache.backbone import Backbone
+from ._base import Body, Families, LiveConfig, LiveMethod, defaults, option
 from ._live import lacks_blocks, low_rank_body
 
 
@@ -18,7 +19,15 @@ from ._live import lacks_blocks, low_rank_body
 class Config(LiveConfig):
     """LoRA's options."""
 
-    # LST's LoRA baseline on GLUE takes 3e-4 over many more steps, V-PETL's on VTAB-1k 5e-3.
+    families: ClassVar[Families] = {
+        "glue": defaults(
+            "LST's LoRA baseline for T5-base (it trains the biases along); alpha is ours: its was not read",
+            lr=3e-4,
+            rank=32,
+            alpha=32.0,
+        ),
+        "vtab": defaults("V-PETL Bench's recipe for CIFAR (it sets both per data set)", lr=5e-3, weight_decay=5e-3),
+    }
     lr: float = option(3e-3, "peak learning rate (ours, for short runs: best of 3e-4, 1e-3, 3e-3 on MiniLM x tweets)")
     rank: int = option(8, "rank of the update")
     alpha: float = option(8.0, "the update is scaled by alpha / rank (peft's default 8)")

@@ -9,7 +9,7 @@ Trained: every weight of these blocks and the final norm that the final tokens d
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..cache.backbone import Architecture
+from ..cache.architecture import Architecture
 from ..cache.suffix import Suffix
 from ._base import BackboneBody, Body, PrefixMethod, TrainingConfig, option
 

@@ -12,10 +12,11 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from ..cache.backbone import Architecture, Backbone
+from ..cache.architecture import Architecture
+from ..cache.backbone import Backbone
 from ..cache.block_weights import block_modules
 from ._base import Body, LiveConfig, LiveMethod, option
-from ._live import AdaptedBody, Bottleneck, lacks_plain_blocks
+from ._live import AdaptedBody, Bottleneck, lacks_blocks
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Pfeiffer(LiveMethod):
         """It needs attention blocks, and a bottleneck of one or more."""
         if not 1 <= self.config.reduction <= arch.width:
             return f"a bottleneck of {arch.width} / {self.config.reduction} is none; reduction is 1 to {arch.width}"
-        return lacks_plain_blocks(arch)
+        return lacks_blocks(arch)
 
     def build(self, backbone: Backbone) -> Body:
         """See LiveMethod. Raises SidebenchError for blocks that are not one attention and one MLP."""

@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..cache.backbone import Architecture, Backbone
+from ..cache.architecture import Architecture
+from ..cache.backbone import Backbone
 from ..cache.block_weights import attention_projections
 from ..cache.errors import SidebenchError
 from ._base import BackboneBody, Body, LiveConfig, LiveMethod, option
-from ._live import lacks_plain_blocks
+from ._live import lacks_blocks
 
 ATTENTION = "sidebench_prefix"  # the name under which transformers finds `attend`
 
@@ -41,7 +42,7 @@ class PrefixTuning(LiveMethod):
         """It needs attention blocks, and a prefix."""
         if self.config.length < 1:
             return f"a prefix of {self.config.length} is none; 1 or more"
-        return lacks_plain_blocks(arch)
+        return lacks_blocks(arch)
 
     def build(self, backbone: Backbone) -> Body:
         """See LiveMethod. Raises SidebenchError where attention does not go through transformers' interface."""

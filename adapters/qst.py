@@ -27,7 +27,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..cache.backbone import Architecture
+from ..cache.architecture import Architecture
 from ._base import Batch, Body, CachedMethod, TrainingConfig, WeightsLoader, option
 from ._blocks import ACTIVATIONS, SideBlock
 from ._recompute import in_slices, recomputed

@@ -21,7 +21,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..cache.backbone import Architecture
+from ..cache.architecture import Architecture
 from ._base import Batch, Body, CachedMethod, TrainingConfig, WeightsLoader, option
 from ._recompute import in_slices, recomputed
 

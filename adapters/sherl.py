@@ -26,7 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..cache.backbone import Architecture
+from ..cache.architecture import Architecture
 from ..cache.suffix import ENTERING, MASK, Suffix
 from ._base import BackboneBody, Batch, Body, PrefixMethod, TrainingConfig, option
 from ._live import lacks_blocks

@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..cache.backbone import Architecture
+from ..cache.architecture import Architecture
 from ..cache.errors import SidebenchError
 from ._base import Batch, Body, CachedMethod, TrainingConfig, WeightsLoader, option
 from ._recompute import in_slices, recomputed

@@ -15,10 +15,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..cache.backbone import Architecture, Backbone
+from ..cache.architecture import Architecture
+from ..cache.backbone import Backbone
 from ..cache.block_weights import BlockModules, block_modules
 from ._base import BackboneBody, Body, LiveConfig, LiveMethod, option
-from ._live import lacks_plain_blocks
+from ._live import lacks_blocks
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class SSF(LiveMethod):
 
     def refusal(self, arch: Architecture) -> str | None:
         """It needs attention blocks."""
-        return lacks_plain_blocks(arch)
+        return lacks_blocks(arch)
 
     def build(self, backbone: Backbone) -> Body:
         """See LiveMethod. Raises SidebenchError for blocks that are not one attention and one MLP."""

@@ -24,7 +24,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..cache.backbone import Architecture
+from ..cache.architecture import Architecture
 from ..cache.pooling import masked_mean
 from ._base import Batch, Body, CachedMethod, TrainingConfig, WeightsLoader, option
 from ._tokens import relu_l1

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..cache.backbone import Architecture
+from ..cache.architecture import Architecture
 from ..cache.block_weights import BackboneWeights, BlockWeights
 from ..cache.errors import SidebenchError
 from ..cache.pooling import masked_mean, pooling_mask

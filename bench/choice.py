@@ -1,10 +1,11 @@
 """From names as typed to configured methods: for whatever command takes --methods and --set."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from ..adapters._base import CachedMethod, LiveMethod, Method, PrefixMethod
+from ..adapters._base import CachedMethod, Defaults, LiveMethod, Method, PrefixMethod, family_defaults
 from ..adapters._registry import Named, find_method, known_methods
-from ..cache.backbone import Architecture
+from ..cache.architecture import Architecture
 from ..cache.errors import SidebenchError, unknown
 from ..cache.form import Form
 from ..cache.reduction import reduction_of
@@ -13,9 +14,10 @@ Settings = Mapping[str, Mapping[str, str]]
 """Method key -> option -> value as typed."""
 
 
-def chosen_methods(methods: Sequence[str], settings: Settings) -> list[tuple[Named, Method]]:
+def chosen_methods(methods: Sequence[str], settings: Settings, family: str | None = None) -> list[tuple[Named, Method]]:
     """The methods named, in order and each once; "all" are those known, and all options must belong to one of them.
 
+    `family`: of the task, where there is one (`bench.tasks.load.family_of`).
     Raises SidebenchError for an unknown method or option, or a value that does not fit.
     """
     if not methods:
@@ -26,7 +28,20 @@ def chosen_methods(methods: Sequence[str], settings: Settings) -> list[tuple[Nam
     for key in settings:
         if key not in keys:
             raise unknown("method in --set", key, keys)
-    return [(n, n.configured(settings.get(n.key, {}))) for n in named]
+    return [(n, n.configured(settings.get(n.key, {}), family)) for n in named]
+
+
+def family_options(
+    named: Sequence[Named], settings: Settings, family: str | None, *, lr_typed: bool
+) -> dict[str, Defaults]:
+    """By method, what the family changes in its defaults, where that is something and not typed otherwise."""
+    left = {}
+    for n in named:
+        found = family_defaults(n.cls.Config, family)
+        typed = {*settings.get(n.key, {}), *(["lr"] if lr_typed else [])}
+        if options := {key: value for key, value in found.options.items() if key not in typed}:
+            left[n.text] = replace(found, options=options)
+    return left
 
 
 def refusal(method: Method, arch: Architecture, form: Form) -> str | None:

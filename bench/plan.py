@@ -15,11 +15,12 @@ from ..cache.errors import SidebenchError, unknown
 from ..cache.load import CONFIG_ONLY, backbone_uri, load_backbone
 from ..cache.planning import CaptureOptions
 from .choice import chosen_methods, refusal
+from .importance import predicted_peak
 from .plan_cache import CacheFacts, Data, cache_facts
 from .predict import Prediction, Step, Unpredictable, kept_shapes, predict
 from .predict_fit import predict_fit
 from .prepare import Say, resolve_device
-from .tasks.load import load_task
+from .tasks.load import family_of, load_task
 from .tasks.split import split
 
 ASSUMED_EXAMPLES = 1000  # for a method solved on all training examples, where no task says how many (VTAB-1k's number)
@@ -57,7 +58,8 @@ def plan(request: PlanRequest, *, home: Path, cache_dir: Path, say: Say) -> dict
 
     Raises SidebenchError for a wrong name, option or size; a method that cannot take the backbone is left to "skipped".
     """
-    configured = {named.text: method for named, method in chosen_methods(request.methods, request.settings)}
+    family = None if request.task is None else family_of(request.task)
+    configured = {named.text: method for named, method in chosen_methods(request.methods, request.settings, family)}
     _check(request)
     memory = None if request.device_memory is None else parse_bytes(request.device_memory)
     data = _data(request, home, say)
@@ -157,7 +159,7 @@ def _check_modality(backbone: Backbone, data: Data) -> None:
 
 
 def _row(name: str, method: Method, backbone: Backbone, step: Step, data: Data, memory: int | None) -> dict[str, Any]:
-    row: dict[str, Any] = {"method": name, "kind": method.kind}
+    row: dict[str, Any] = {"method": name, "kind": method.kind, "initialisation_peak_bytes": None}
     if isinstance(method, FittedMethod):
         shapes = kept_shapes(method, backbone, step).items()
         width = method.features({layer: torch.empty(0, 2, shape[1]) for layer, shape in shapes}, 0).shape[1]
@@ -176,6 +178,9 @@ def _row(name: str, method: Method, backbone: Backbone, step: Step, data: Data, 
     assert isinstance(method, CachedMethod | PrefixMethod | LiveMethod)
     found = predict(method, backbone, step)
     row |= {**_figures(found, memory), "largest_batch": None, "unavailable": {}}
+    if isinstance(method, CachedMethod) and method.gradient_examples:
+        row["initialisation_peak_bytes"] = before = predicted_peak(backbone, step)
+        row["fits"] = None if memory is None else row["fits"] and before <= memory
     if memory is not None:
         row["largest_batch"] = largest_batch(method, backbone, step, found, memory)
     return row
@@ -199,7 +204,7 @@ def _figures(found: Prediction, memory: int | None) -> dict[str, Any]:
 def _unknown_row(name: str, method: Method, reason: str) -> dict[str, Any]:
     figures = ("trainable_params", "predicted_peak_bytes", "by_category", "by_phase", "predicted_allocated_bytes")
     missing = (*figures, "predicted_reserved_bytes", "fits", "largest_batch")
-    row = {"method": name, "kind": method.kind, **dict.fromkeys(missing)}
+    row = {"method": name, "kind": method.kind, "initialisation_peak_bytes": None, **dict.fromkeys(missing)}
     return {**row, "unavailable": dict.fromkeys(missing, reason)}
 
 

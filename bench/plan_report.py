@@ -20,8 +20,9 @@ def title(document: Mapping[str, Any]) -> str:
 def columns(document: Mapping[str, Any]) -> tuple[str, ...]:
     """The head of the table: allocator figures under CUDA semantics, what fits where a memory was given."""
     allocator = () if document["semantics"] == "cpu" else ("allocated MiB", "reserved MiB")
+    before = ("before training MiB",) if _initialised(document) else ()
     fits = () if document["device_memory_bytes"] is None else ("fits", "largest batch")
-    return (*COLUMNS, *allocator, *fits)
+    return (*COLUMNS, *allocator, *before, *fits)
 
 
 def cells(document: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
@@ -35,6 +36,8 @@ def cells(document: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
     ]
     if document["semantics"] != "cpu":
         shown += [_mib(row["predicted_allocated_bytes"]), _mib(row["predicted_reserved_bytes"])]
+    if _initialised(document):
+        shown.append(_mib(row["initialisation_peak_bytes"]))
     if document["device_memory_bytes"] is not None:
         shown += ["" if row["fits"] is None else "yes" if row["fits"] else "no", _batch(row["largest_batch"])]
     return shown
@@ -46,10 +49,25 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
     for row in document["methods"]:
         if row["predicted_peak_bytes"] is None:
             lines.append(f"{row['method']} cannot be predicted: {row['unavailable']['predicted_peak_bytes']}.")
+    lines += [
+        f"{row['method']}: before training it back-propagates through the whole backbone, one example at a time, which "
+        f"takes {_mib(row['initialisation_peak_bytes'])} MiB{_of_the_device(document, row)}."
+        for row in _initialised(document)
+    ]
     lines += [f"{skipped['method']} is left out: {skipped['reason']}" for skipped in document["skipped"]]
     if document["semantics"] != "cpu":
         lines.append("No GPU confirmed these figures; library workspaces and the CUDA context come on top.")
     return [*lines, _cache(document["cache"])]
+
+
+def _initialised(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows of methods whose initialisation needs the backbone and its gradients."""
+    return [row for row in document["methods"] if row["initialisation_peak_bytes"]]
+
+
+def _of_the_device(document: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    memory = document["device_memory_bytes"]
+    return "" if memory is None or row["initialisation_peak_bytes"] <= memory else ", more than there is"
 
 
 def _cache(cache: Mapping[str, Any]) -> str:

@@ -1,22 +1,24 @@
-"""The one training loop, the same for every method trained in steps: AdamW, cosine, selection on validation."""
+"""The one training loop, the same for every method trained in steps: AdamW, a schedule, selection on validation."""
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters._base import Batch, Method, task_loss, trained
-from ..cache.errors import SidebenchError
+from ..adapters._base import Batch, Method, TrainingConfig, task_loss, trained
+from ..cache.errors import SidebenchError, unknown
 from ..cache.feed import batches_of, drawn_views, epoch_order
 from ..cache.store import Index
 from .learner import Learner, Source
 from .tasks.score import ACCURACY, score_named
 
-WARM_UP = 0.1  # share of the steps in which the learning rate rises linearly; the same for every method
+SCHEDULES = ("cosine", "linear", "constant")
 
 
 class Diverged(SidebenchError):
@@ -35,6 +37,8 @@ class Settings:
     precision: str  # "fp32" | "bf16"
     score: str = ACCURACY  # what the epoch is selected by
     optimizer: str = "adamw"  # "adamw" | "adamw8bit"
+    schedule: str = TrainingConfig.schedule  # of SCHEDULES
+    warm_up: float = TrainingConfig.warm_up  # share of the steps
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,53 @@ class Trained:
     losses: list[float]  # mean training loss per epoch
 
 
+class Objective(Protocol):
+    """What is trained for: the task's loss and score, or another one that needs no labels (see contrastive.py)."""
+
+    def items(self, index: Index, *, examples: int, views: int, seed: int, epoch: int) -> Index:
+        """The items to read for a batch of examples, as `cache.feed.drawn_views`."""
+        ...
+
+    def loss(self, learner: Learner, batch: Batch, targets: Tensor, precision: str) -> Tensor:
+        """The mean loss of a batch of these items, with gradients."""
+        ...
+
+    def score(self, learner: Learner, source: Source, targets: Tensor, index: Index, settings: Settings) -> float:
+        """What an epoch is selected by, on the examples of `index`: the larger the better."""
+        ...
+
+
+class Supervised:
+    """The task's own loss and score. See Objective."""
+
+    def items(self, index: Index, *, examples: int, views: int, seed: int, epoch: int) -> Index:
+        """Each example, or one of its views."""
+        return drawn_views(index, examples=examples, views=views, seed=seed, epoch=epoch)
+
+    def loss(self, learner: Learner, batch: Batch, targets: Tensor, precision: str) -> Tensor:
+        """The task's."""
+        return loss_of(learner, batch, targets, precision)
+
+    def score(self, learner: Learner, source: Source, targets: Tensor, index: Index, settings: Settings) -> float:
+        """The task's."""
+        return score_of(settings.score, predict(learner, source, index, settings), targets[index])
+
+
+SUPERVISED = Supervised()
+
+
+class Checkpoints(Protocol):
+    """Where the state of a training that may be stopped is kept, after every epoch (see resume.py)."""
+
+    def load(self) -> dict[str, Any] | None:
+        """The state to go on from; None to begin."""
+        ...
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Keep a state in place of the one before."""
+        ...
+
+
 def train(
     learner: Learner,
     source: Source,
@@ -57,27 +108,36 @@ def train(
     val_index: Index,
     settings: Settings,
     progress: Callable[[dict[str, float]], None] = lambda _: None,
+    objective: Objective = SUPERVISED,
+    checkpoints: Checkpoints | None = None,
 ) -> Trained:
     """Train and keep the epoch that is best on validation (the earliest of equals).
 
-    targets: (N,) class indices, or numbers, of all examples. Raises Diverged when the loss is not finite.
+    targets: (N,) class indices, or numbers, of all examples. With `checkpoints` it goes on where it was stopped, and
+    ends as if it had not been. Raises Diverged when the loss is not finite.
     """
     optimizer = make_optimizer(learner, settings)
     steps = settings.epochs * math.ceil(len(train_index) / settings.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, functools.partial(rate_factor, steps=steps, settings=settings)
+    )
     best: tuple[float, int, dict[str, Tensor]] | None = None
-    losses = []
-    train_seconds = 0.0
-    for epoch in range(settings.epochs):
+    losses: list[float] = []
+    train_seconds, first = 0.0, 0
+    if checkpoints is not None and (state := checkpoints.load()) is not None:
+        _go_on(state, learner, optimizer, schedule)
+        first, best, losses, train_seconds = state["epoch"], state["best"], state["losses"], state["train_seconds"]
+    for epoch in range(first, settings.epochs):
         begun = time.perf_counter()
         order = batches_of(epoch_order(train_index, seed=settings.seed, epoch=epoch), settings.batch_size)
         items = [
-            drawn_views(i, examples=len(targets), views=source.views, seed=settings.seed, epoch=epoch) for i in order
+            objective.items(i, examples=len(targets), views=source.views, seed=settings.seed, epoch=epoch)
+            for i in order
         ]
         learner.train()
         total = torch.zeros((), device=targets.device)
         for index, batch in zip(order, source.batches(items), strict=True):
-            loss = loss_of(learner, batch, targets[index], settings.precision)
+            loss = objective.loss(learner, batch, targets[index], settings.precision)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -89,18 +149,50 @@ def train(
             raise Diverged(
                 f"the loss is {losses[-1]} in epoch {epoch + 1} at learning rate {settings.lr:g}; try a smaller --lr."
             )
-        score = score_of(settings.score, predict(learner, source, val_index, settings), targets[val_index])
+        score = objective.score(learner, source, targets, val_index, settings)
         progress({"epoch": epoch + 1, "epochs": settings.epochs, "loss": losses[-1], "val_score": score})
         if best is None or score > best[0]:
             best = (score, epoch, snapshot(learner))
+        if checkpoints is not None:
+            so_far = {"epoch": epoch + 1, "best": best, "losses": losses, "train_seconds": train_seconds}
+            checkpoints.save(so_far | _state(learner, optimizer, schedule))
     assert best is not None
     speed = len(train_index) * settings.epochs / train_seconds
     return Trained(best[2], best[1], best[0], train_seconds, speed, losses)
 
 
+def _state(learner: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> dict[str, Any]:
+    """What training changes besides what it has found, the generators of a method that draws among it."""
+    return {
+        "learner": snapshot(learner),
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "generators": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
+    }
+
+
+def _go_on(state: dict[str, Any], learner: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
+    load_trained(learner, state["learner"])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    torch.set_rng_state(state["generators"][0])
+    torch.cuda.set_rng_state_all(state["generators"][1:])
+
+
 def optimizer_of(method: Method) -> str:
     """The optimiser that the method's Config chooses, where it offers a choice."""
     return str(getattr(method.config, "optimizer", "adamw"))
+
+
+def schedule_of(method: Method) -> tuple[str, float]:
+    """The schedule and the share of warm-up that the method's Config chooses, where it offers a choice.
+
+    Raises SidebenchError for a schedule that the loop does not know.
+    """
+    schedule = str(getattr(method.config, "schedule", TrainingConfig.schedule))
+    if schedule not in SCHEDULES:
+        raise unknown("schedule", schedule, SCHEDULES)
+    return schedule, float(getattr(method.config, "warm_up", TrainingConfig.warm_up))
 
 
 def make_optimizer(learner: nn.Module, settings: Settings) -> torch.optim.Optimizer:
@@ -154,10 +246,16 @@ def score_of(name: str, outputs: Tensor, targets: Tensor) -> float:
     return score_named(name).value(outputs.float().cpu().numpy(), targets.cpu().numpy())
 
 
-def cosine(step: int, steps: int) -> float:
-    """Factor on the learning rate: linear warm-up, then half a cosine down to zero."""
-    warm = max(round(steps * WARM_UP), 1)
-    return min((step + 1) / warm, 1.0) * 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))
+def rate_factor(step: int, steps: int, settings: Settings) -> float:
+    """Factor on the learning rate: a linear warm-up, and half a cosine or a line down to zero, or neither.
+
+    The line begins where the warm-up ends, as in published scripts; the cosine spans all steps, the warm-up's too.
+    """
+    warm = max(round(steps * settings.warm_up), 1)
+    risen = min((step + 1) / warm, 1.0)
+    if settings.schedule == "cosine":
+        return risen * 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))
+    return min(risen, (steps - step) / max(steps - warm, 1)) if settings.schedule == "linear" else risen
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:

@@ -14,7 +14,7 @@ from sidebench.adapters._registry import find_method
 from sidebench.bench.learner import Learner
 from sidebench.bench.tracker import TrackedPeak, track
 from sidebench.bench.training import Settings, loss_of, make_optimizer
-from sidebench.cache.backbone import Architecture
+from sidebench.cache.architecture import Architecture
 
 MIB = 2**20
 VIT_B = Architecture(

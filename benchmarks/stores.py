@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sidebench.cache.backbone import Architecture
+from sidebench.cache.architecture import Architecture
 from sidebench.cache.form import Form
 from sidebench.cache.manifest import ActivationSpec, Manifest
 from sidebench.cache.writer import StoreWriter

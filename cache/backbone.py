@@ -1,68 +1,15 @@
-"""A frozen pretrained network: its layers under one set of names, and the forward pass that reads them.
-
-Names are the same for every family: `embeddings` (what enters the first block), `blocks.0` … `blocks.L-1`, `norm` (the
-final normalisation, where the family has one over all tokens). Any other dotted module path works too.
-"""
+"""A frozen pretrained network: its layers by name (see architecture.py), and the forward pass that reads them."""
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .architecture import Architecture, Norm, blocks_in, find_taps, has_bias, is_bias, mlp_width, norm_eps
 from .errors import SidebenchError, unknown
-from .examples import Modality
 from .preprocess import Inputs, Preprocess
-
-Norm = Literal["pre", "post"]
-
-# Where the final normalisation over ALL tokens lives. CLIP's vision tower is left out on purpose: its post_layernorm
-# sees the class token alone, so the last block is the last layer there.
-_FINAL_NORMS = ("layernorm", "norm", "final_layer_norm", "final_layernorm", "ln_f", "encoder.final_layer_norm")
-_STACK_NORMS = ("final_layer_norm", "layer_norm", "norm")  # inside the encoder or the decoder of an encoder-decoder
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What a method may know of a backbone without holding it; stored in every manifest."""
-
-    name: str
-    modality: Modality
-    blocks: int
-    width: int
-    prefix_tokens: int  # leading tokens that are no patches: class token, registers
-    final_layer: str  # the layer whose tokens the backbone would hand to a head
-    heads: int | None = None
-    mlp_width: int | None = None
-    norm: Norm | None = None  # where a block normalises; None: not a block this code can copy
-    activation: str | None = None
-    norm_eps: float = 1e-6
-    layer_scale: bool = False
-    causal: bool = False  # a token attends to those before it only, so the last real token sums a text up
-    decoder_blocks: int = 0  # of an encoder-decoder, whose `blocks` are the encoder's
-    t5_blocks: bool = False  # of an encoder-decoder: the blocks of both stacks are those of the first T5
-    stages: tuple[tuple[int, int], ...] = ()  # (H, W) of each map `stages.0` … of a convolutional network
-
-    @property
-    def states(self) -> tuple[str, ...]:
-        """The L = blocks + 1 hidden states of the papers: what enters block 0, then each block's output.
-
-        Of a convolutional network its stage maps, of an encoder-decoder those of the encoder.
-        """
-        return tuple(self.grids) or ("embeddings", *(f"blocks.{i}" for i in range(self.blocks)))
-
-    @property
-    def decoder_states(self) -> tuple[str, ...]:
-        """The same of the decoder, where there is one."""
-        inside = ("embeddings", *(f"blocks.{i}" for i in range(self.decoder_blocks)))
-        return tuple(f"decoder.{state}" for state in inside) if self.decoder_blocks else ()
-
-    @property
-    def grids(self) -> dict[str, tuple[int, int]]:
-        """(H, W) by layer: the T = H W tokens of a stage map, row by row. Empty where tokens lie in no grid."""
-        return {f"stages.{i}": grid for i, grid in enumerate(self.stages)}
 
 
 class _Done(Exception):
@@ -99,8 +46,9 @@ class Backbone:
         self.config_facts = dict(config_facts or {})
         self.unloaded = frozenset(unloaded)  # parameters the checkpoint does not hold (an unused pooler)
         self.stacks = stacks or ("",)
-        self.blocks_path = None if stages else _blocks_in(module, self.stacks[0])
-        self._taps = {f"stages.{i}": (path, "output") for i, path in enumerate(stages)} or self._find_taps()
+        self.blocks_path = None if stages else blocks_in(module, self.stacks[0])
+        maps = {f"stages.{i}": (path, "output") for i, path in enumerate(stages)}
+        self._taps = maps or find_taps(module, self.stacks)
         probe = self._probe()
         stage_grids = self._name_stages(named=bool(stages)) if stages or probe.ndim == 4 else ()
         probe = _as_tokens(self.final_layer, probe)
@@ -112,15 +60,16 @@ class Backbone:
             prefix_tokens=preprocess.prefix_tokens(probe.shape[1]),
             final_layer=self.final_layer,
             heads=heads,
-            mlp_width=_mlp_width(self.blocks),
+            mlp_width=mlp_width(self.blocks),
             norm=norm,
             activation=activation,
-            norm_eps=_norm_eps(self.blocks),
+            norm_eps=norm_eps(self.blocks),
             layer_scale=any(n.endswith("layer_scale1") for n, _ in module.named_modules()),
             causal=causal,
             stages=stage_grids,
             decoder_blocks=len(self.blocks) - len(self.encoder_blocks),
             t5_blocks=t5_blocks,
+            biasless=self._is_biasless(),
         )
 
     @property
@@ -147,7 +96,7 @@ class Backbone:
         """Dotted module path of every block, in the order of `blocks`."""
         found: list[str] = []
         for stack in self.stacks if self.blocks_path else ():
-            path = _blocks_in(self.module, stack)
+            path = blocks_in(self.module, stack)
             assert path is not None
             found += [f"{path}.{name}" for name, _ in self.module.get_submodule(path).named_children()]
         return found
@@ -279,28 +228,12 @@ class Backbone:
                 parameter.requires_grad_(before[name])
         return {name: p for (name, p), grad in zip(named.items(), grads, strict=True) if grad is not None}
 
-    def _find_taps(self) -> dict[str, tuple[str, str]]:
-        if not self.blocks_path:
-            return {}
-        if len(self.stacks) == 1:
-            return self._stack_taps("", _FINAL_NORMS)
-        encoder, decoder = (self._stack_taps(stack, _STACK_NORMS) for stack in self.stacks)
-        if "norm" in encoder:
-            encoder["encoder_norm"] = encoder.pop("norm")
-        last = {"norm": decoder.pop("norm")} if "norm" in decoder else {}
-        return {**encoder, **{f"decoder.{name}": tap for name, tap in decoder.items()}, **last}
-
-    def _stack_taps(self, stack: str, norms: Sequence[str]) -> dict[str, tuple[str, str]]:
-        blocks = _blocks_in(self.module, stack)
-        assert blocks is not None
-        taps = {"embeddings": (f"{blocks}.0", "input")}
-        for name, _ in self.module.get_submodule(blocks).named_children():
-            taps[f"blocks.{name}"] = (f"{blocks}.{name}", "output")
-        names = dict(self.module.named_modules())
-        paths = (f"{stack}.{norm}" if stack else norm for norm in norms)
-        if found := next((path for path in paths if path in names), None):
-            taps["norm"] = (found, "output")
-        return taps
+    def _is_biasless(self) -> bool:
+        """By names where they tell, because a backward pass takes as much memory again as the weights."""
+        layers = (self.module.get_submodule(path) for path, _ in self._taps.values())
+        if any(has_bias(layer) for layer in layers):
+            return False
+        return not (has_bias(self.module) and any(map(is_bias, self.used_parameters())))
 
     def _probe(self) -> Tensor:
         """The final layer of one example as its module yields it."""
@@ -328,23 +261,6 @@ class Backbone:
         self._taps = {f"stages.{i}": self._taps[layer] for i, layer in enumerate(last.values())}
         self.blocks_path = None
         return tuple(last)
-
-
-def _blocks_in(module: nn.Module, stack: str) -> str | None:
-    """Path of the blocks of a part of the network ("": of all of it)."""
-    found = find_blocks(module.get_submodule(stack))
-    return f"{stack}.{found}" if stack and found else found
-
-
-def find_blocks(module: nn.Module) -> str | None:
-    """Path of the longest list of children of one class: the transformer's (or the stages') blocks."""
-    best: tuple[int, str] | None = None
-    for path, child in module.named_modules():
-        if not path or not isinstance(child, nn.ModuleList | nn.Sequential):
-            continue
-        if len({type(c) for c in child}) == 1 and (best is None or len(child) > best[0]):
-            best = (len(child), path)
-    return best[1] if best else None
 
 
 def _before(layer: str, take: Callable[[str, Any], None]) -> Callable[..., None]:
@@ -377,12 +293,3 @@ def _as_tokens(layer: str, value: Tensor) -> Tensor:
     if value.ndim != 3:
         raise SidebenchError(f"layer {layer} yields shape {tuple(value.shape)}; wanted (B, T, D) or (B, C, H, W).")
     return value
-
-
-def _mlp_width(blocks: list[nn.Module]) -> int | None:
-    widths = [m.out_features for m in blocks[0].modules() if isinstance(m, nn.Linear)] if blocks else []
-    return max(widths, default=None)
-
-
-def _norm_eps(blocks: list[nn.Module]) -> float:
-    return next((m.eps for b in blocks for m in b.modules() if isinstance(m, nn.LayerNorm)), 1e-6)

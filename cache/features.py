@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .backbone import Architecture
+from .architecture import Architecture
 from .bring_in import Altered, bring_in
 from .build import BuildResult
 from .errors import SidebenchError

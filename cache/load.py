@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .backbone import Backbone, Norm
+from .architecture import Norm
+from .backbone import Backbone
 from .efficientnet_lite import load_efficientnet
 from .errors import SidebenchError, unknown
 from .preprocess import FirstStep, ImagePreprocess, PlainImageProcessor, TextPreprocess, resized
@@ -22,7 +23,7 @@ from .uri import Uri, parse_uri
 SCHEMES = {
     "sample": "pretrained weights inside a registry package, pinned by sha256: sample:minilm-l6, sample:dinov2-small",
     "hf": "a transformers folder or hub id: hf:./my-bert, hf:google/vit-base-patch16-224 (?tower=vision|text for CLIP; "
-    "T5's encoder, with ?tower=both its decoder too, for one step)",
+    "T5's encoder, with ?tower=both its decoder too, for one step; images: ?resize=squash|crop to the square)",
     "timm": "a network of the timm library, in the extra sidebench[timm]: timm:resnet18.a1_in1k (?checkpoint=FILE)",
     "imported": "features without a network, from `bench cache import`, for compare: imported:NAME",
     "module": "any torch module from a factory on the path: module:package.file:factory",
@@ -30,7 +31,7 @@ SCHEMES = {
 }
 IMPORTED = "imported:"
 CONFIG_ONLY = "hf-config:"
-_OPTIONS = {"hf": ("tower",), "hf-config": ("tower",), "timm": ("checkpoint",)}
+_OPTIONS = {"hf": ("tower", "resize"), "sample": ("resize",), "hf-config": ("tower",), "timm": ("checkpoint",)}
 MAX_LENGTH = 128  # tokens: enough for sentences, and stated in the digest
 
 # Which families normalise after the residual sum; all others here normalise before it.
@@ -81,9 +82,12 @@ def load_backbone(
 
             folder = str(fetch(parsed.path, home=home, say=say))
         if (parsed.scheme, parsed.path) == ("sample", "efficientnet-lite0"):
+            if parsed.options.get("resize", "squash") != "squash":
+                raise SidebenchError(f"{parsed.path} squashes images to a square and nothing else; leave ?resize out.")
             backbone = load_efficientnet(Path(folder), image_size)
         else:
-            backbone = _from_transformers(folder, parsed.options.get("tower"), image_size, max_length)
+            tower, resize = (parsed.options.get(name) for name in ("tower", "resize"))
+            backbone = _from_transformers(folder, tower, resize, image_size, max_length)
     backbone.module.to(device)
     return backbone
 
@@ -108,7 +112,9 @@ def weights_sha256(module: nn.Module, skip: Iterable[str] = ()) -> str:
     return digest.hexdigest()
 
 
-def _from_transformers(folder: str, tower: str | None, image_size: int | None, max_length: int | None) -> Backbone:
+def _from_transformers(
+    folder: str, tower: str | None, resize: str | None, image_size: int | None, max_length: int | None
+) -> Backbone:
     import transformers
     from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
@@ -135,6 +141,8 @@ def _from_transformers(folder: str, tower: str | None, image_size: int | None, m
     family = {**family_facts(config, tower), "unloaded": missing}
     patch = getattr(config, "patch_size", None)
     if patch is None:
+        if resize is not None:
+            raise SidebenchError(f"{folder} reads texts, and ?resize={resize} is about images; leave it out.")
         with _reading(folder, looks_local):
             tokenizer = AutoTokenizer.from_pretrained(source)
         _check_vocabulary(folder, tokenizer, getattr(config, "vocab_size", None))
@@ -143,7 +151,7 @@ def _from_transformers(folder: str, tower: str | None, image_size: int | None, m
         return Backbone(module, one_step(texts, config) if tower == "both" else texts, **family)
     with _reading(folder, looks_local):  # not torchvision: the pixels, and so the store, would depend on its presence
         processor = AutoImageProcessor.from_pretrained(source, backend="pil")
-    processor, side = resized(processor, image_size)
+    processor, side = resized(processor, image_size, resize)
     options = {}
     if side != getattr(config, "image_size", side) and config.model_type != "dinov2":  # DINOv2 always interpolates
         options["interpolate_pos_encoding"] = True

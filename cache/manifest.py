@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from .backbone import Architecture, Norm
+from .architecture import Architecture, Norm
 from .errors import SidebenchError
 from .examples import Modality
 from .form import Form, form_from_facts
@@ -22,7 +22,7 @@ _LARGEST_MANIFEST_BYTES = 512 * 2**20
 _LARGEST_COUNT = 2**48
 _MOST_BLOCKS = 10_000
 # Of an architecture: came later, and older stores keep their digest.
-_SAID_WHERE_ANY = ("stages", "decoder_blocks", "t5_blocks")
+_SAID_WHERE_ANY = ("stages", "decoder_blocks", "t5_blocks", "biasless")
 
 
 @dataclass(frozen=True)
@@ -264,6 +264,7 @@ def _architecture(values: Any) -> Architecture:
         and isinstance(made.norm_eps, float | int)
         and isinstance(made.layer_scale, bool)
         and isinstance(made.t5_blocks, bool)
+        and isinstance(made.biasless, bool)
         and max(_count(made.blocks), _count(made.decoder_blocks)) <= _MOST_BLOCKS
         and len(stages) <= _MOST_BLOCKS
     ):

@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from .backbone import Architecture
+from .architecture import Architecture
 from .encode import Stored
 from .errors import SidebenchError, unknown
 from .quantise import Quantised

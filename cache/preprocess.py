@@ -8,9 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .errors import SidebenchError
+from .errors import SidebenchError, unknown
 from .examples import Modality, Text
 
+RESIZES = ("squash", "crop")
 Inputs = dict[str, Tensor]
 """Keyword arguments of the backbone's forward."""
 
@@ -238,25 +239,32 @@ class PlainImageProcessor:
         return {"pixel_values": (pixels - mean) / std}
 
 
-def resized(processor: Any, image_size: int | None) -> tuple[Any, int]:
+def resized(processor: Any, image_size: int | None, resize: str | None = None) -> tuple[Any, int]:
     """The processor for a square of `image_size` pixels (None: its own), keeping its resize-to-crop ratio.
 
+    `resize` is another way to that square: "squash" (to its sides, as VTAB-1k's recipes do), or "crop" (the shortest
+    edge to 256/224 of it and its centre, as FGVC's do in testing).
     Returns the processor and the side length. Raises SidebenchError when its form is not known.
     """
+    if resize not in (None, *RESIZES):
+        raise unknown("resize", resize, RESIZES)
     crop = _side(getattr(processor, "crop_size", None)) if getattr(processor, "do_center_crop", False) else None
     size = _side(getattr(processor, "size", None))
     own = crop or size
     if own is None:
         raise SidebenchError(f"cannot tell the image size of {type(processor).__name__}; found size={processor.size}.")
-    if image_size is None or image_size == own:
+    side = own if image_size is None else image_size
+    if side == own and resize is None:
         return processor, own
-    options = processor.to_dict()
-    if crop:
-        options["crop_size"] = {"height": image_size, "width": image_size}
-        options["size"] = {"shortest_edge": round(image_size * (size or crop) / crop)}
+    options, square = processor.to_dict(), {"height": side, "width": side}
+    if resize == "crop" or (crop and resize is None):
+        ratio = 256 / 224 if resize else (size or own) / own
+        options |= {"crop_size": square, "size": {"shortest_edge": round(side * ratio)}}
     else:
-        options["size"] = {"height": image_size, "width": image_size}
-    return type(processor).from_dict(options), image_size
+        options["size"] = square
+    if resize is not None:
+        options |= {"do_resize": True, "do_center_crop": resize == "crop"}
+    return type(processor).from_dict(options), side
 
 
 def _side(size: Any) -> int | None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate, pad
 
-from .backbone import Architecture
+from .architecture import Architecture
 from .errors import SidebenchError
 from .pooling import masked_mean, pooling_mask
 

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .backbone import Architecture, Backbone
+from .architecture import Architecture
+from .backbone import Backbone
 from .encode import Stored
 from .errors import SidebenchError, unknown
 

@@ -39,6 +39,7 @@ class Task:
     pooling: Pooling = "mean"
     score_name: str = ACCURACY
     values: tuple[float, ...] | None = None
+    has_own_classes: bool = False  # as published, rather than found in the examples: some may not occur in train
 
     @property
     def num_outputs(self) -> int:

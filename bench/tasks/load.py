@@ -1,4 +1,4 @@
-"""From a task's URI to a task: csv, jsonl, class folders, GLUE's files and the pinned samples."""
+"""From a task's URI to a task: csv, jsonl, class folders, published files and the pinned samples."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,18 +10,23 @@ from ...cache.examples import Examples
 from ...cache.uri import Uri, parse_uri
 from .base import Pooling, Task
 from .contents import ImageExamples, TextExamples
+from .fgvc import FEW_SHOT, FGVC, read_fgvc
 from .files import COLUMN_OPTIONS, read_csv, read_jsonl
 from .folder import read_folder
 from .glue import GLUE, glue_task, read_glue
 from .rows import Rows, classes_of, limited, targets_of
 from .score import ACCURACY, score_named
+from .vtab import SUITES, VTAB, read_vtab, vtab_task
 
+FAMILIES = ("glue", "vtab", "fgvc")  # schemes of benchmarks on which methods have published settings
 _POOLINGS: dict[str, Pooling] = {"mean": "mean", "cls": "cls"}
 _OPTIONS = {
     "csv": (*COLUMN_OPTIONS, "pool"),
     "jsonl": (*COLUMN_OPTIONS, "pool"),
     "folder": ("pool",),
     "glue": ("root", "pool"),
+    "vtab": ("root", "pool"),
+    "fgvc": ("root", "shots", "seed", "pool"),
     "sample": ("pool",),
 }
 
@@ -43,9 +48,25 @@ def known_tasks() -> tuple[KnownTask, ...]:
         KnownTask("jsonl", f"jsonl:PATH[{columns}]", "one JSON object per line, with the same columns"),
         KnownTask("folder", "folder:PATH[?pool=mean|cls]", "images in class folders, with or without train/val/test"),
         KnownTask("glue", "glue:NAME?root=FOLDER[&pool=mean|cls]", f"GLUE's official files: {', '.join(GLUE)}"),
+        KnownTask("vtab", "vtab:NAME?root=FOLDER[&pool=mean|cls]", f"VTAB-1k's lists: {', '.join(VTAB)}"),
+        KnownTask(
+            "vtab", f"vtab:{'|'.join(SUITES)}?root=FOLDER", "several of them in one comparison, with their means"
+        ),
+        KnownTask("fgvc", "fgvc:NAME|all?root=FOLDER[&pool=mean|cls]", f"VPT's FGVC splits: {', '.join(FGVC)}"),
+        KnownTask(
+            "fgvc",
+            "fgvc:NAME|all?root=FOLDER&shots=K[&seed=S&pool=mean|cls]",
+            f"NOAH's few-shot lists: {', '.join(FEW_SHOT)}",
+        ),
     )
     data = {name: sample for name, sample in samples.SAMPLES.items() if sample.kind != "backbone"}
     return forms + tuple(KnownTask("sample", f"sample:{name}", data[name].summary) for name in data)
+
+
+def family_of(uri: str) -> str | None:
+    """The family of tasks that a task belongs to, known by its scheme before it is read; None where it has none."""
+    scheme = uri.partition(":")[0]
+    return scheme if scheme in FAMILIES else None
 
 
 def load_task(uri: str, *, home: Path, limit: int | None = None, say: Callable[[str], None]) -> Task:
@@ -67,7 +88,8 @@ def load_task(uri: str, *, home: Path, limit: int | None = None, say: Callable[[
     if limit is not None:
         rows = limited(rows, limit, uri, by_label=not of_numbers)
     values = tuple(map(float, classes)) if of_numbers else None
-    return Task(uri, _examples(rows, classes, home), classes, rows.parts, _POOLINGS[pool], score, values)
+    own = rows.classes is not None
+    return Task(uri, _examples(rows, classes, home), classes, rows.parts, _POOLINGS[pool], score, values, own)
 
 
 def _read(uri: Uri, home: Path, say: Callable[[str], None]) -> Rows:
@@ -80,15 +102,18 @@ def _read(uri: Uri, home: Path, say: Callable[[str], None]) -> Rows:
     if uri.scheme == "folder":
         return read_folder(path)
     if uri.scheme == "glue":
-        return _read_glue(uri, say)
+        return read_glue(glue_task(uri.path), _root(uri), say)
+    if uri.scheme == "vtab":
+        return read_vtab(vtab_task(uri.path), _root(uri), say)
+    if uri.scheme == "fgvc":
+        return read_fgvc(uri.path, _root(uri), uri.options.get("shots"), uri.options.get("seed"), say)
     return _read_sample(uri.path, home, say)
 
 
-def _read_glue(uri: Uri, say: Callable[[str], None]) -> Rows:
-    task = glue_task(uri.path)
+def _root(uri: Uri) -> Path:
     if "root" not in uri.options:
-        raise SidebenchError(f"{uri.text} does not say where the files lie; type glue:{uri.path}?root=FOLDER.")
-    return read_glue(task, Path(uri.options["root"]).expanduser(), say)
+        raise SidebenchError(f"{uri.text} does not say where the files lie; type {uri.scheme}:{uri.path}?root=FOLDER.")
+    return Path(uri.options["root"]).expanduser()
 
 
 def _read_sample(name: str, home: Path, say: Callable[[str], None]) -> Rows:

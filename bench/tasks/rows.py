@@ -17,13 +17,17 @@ PART_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val
 
 @dataclass(frozen=True)
 class Rows:
-    """Columns of equal length; `contents` are texts, pairs of texts or absolute image paths."""
+    """Columns of equal length; `contents` are texts, pairs of texts or absolute image paths.
+
+    `classes`: those of a published task, in the order of its head; some may lack examples.
+    """
 
     modality: Modality
     ids: tuple[str, ...]
     labels: tuple[str, ...]
     contents: tuple[Text, ...] | tuple[Path, ...]
     parts: tuple[str, ...] | None
+    classes: tuple[str, ...] | None = None
 
     def take(self, index: Iterable[int]) -> "Rows":
         """The rows at `index`, in that order."""
@@ -34,6 +38,7 @@ class Rows:
             tuple(self.labels[i] for i in chosen),
             tuple(self.contents[i] for i in chosen),  # type: ignore[arg-type]  # one type or the other, as it was
             None if self.parts is None else tuple(self.parts[i] for i in chosen),
+            self.classes,
         )
 
 
@@ -46,7 +51,7 @@ def part_of(word: str, where: str) -> str:
 
 
 def classes_of(rows: Rows, uri: str) -> tuple[str, ...]:
-    """Sorted class names, as numbers if all of them are whole numbers; refuses what cannot be classified."""
+    """Class names: the task's own, else sorted, as numbers if all of them are; refuses what cannot be classified."""
     if not rows.ids:
         raise SidebenchError(f"{uri} holds no examples; a task needs at least two classes of them.")
     seen: set[str] = set()
@@ -54,6 +59,8 @@ def classes_of(rows: Rows, uri: str) -> tuple[str, ...]:
         if name in seen:
             raise SidebenchError(f"{uri}: the id {name!r} stands twice; ids must differ.")
         seen.add(name)
+    if rows.classes is not None:
+        return rows.classes
     names = set(rows.labels)
     if len(names) == 1:
         raise SidebenchError(f"{uri} holds one class only, {rows.labels[0]!r}; a task needs at least two.")

@@ -86,9 +86,9 @@ def _sorted(index: Iterable[int]) -> Index:
 def _check_labels(task: Task, found: Split) -> None:
     """A label that is scored but never trained would make every method look bad for the same wrong reason.
 
-    Numbers are no labels: between those that are trained lie others.
+    Numbers are no labels: between those that are trained lie others. Published classes are scored as published.
     """
-    if task.values is not None:
+    if task.values is not None or task.has_own_classes:
         return
     trained = set(task.examples.targets[found.train].tolist())
     for part, index in (("val", found.val), ("test", found.test)):
