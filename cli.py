@@ -36,6 +36,7 @@ from .bench.options import (
     names_of,
     seeds_of,
     settings_of,
+    shots_of,
     show,
 )
 from .cache.errors import SidebenchError
@@ -76,7 +77,11 @@ def compare(
     methods: Annotated[str, typer.Option(help="Names with commas, a path to a method file, or all.")],
     set_: Annotated[list[str] | None, typer.Option("--set", help="METHOD.KEY=VALUE, repeatable.")] = None,
     seeds: Annotated[str, typer.Option(help="Training seeds with commas.")] = "0,1,2",
+    shots: Annotated[
+        str | None, typer.Option(help="Few-shot: training examples of each class, e.g. 1,2,4,8,16.")
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training part.")] = 10,
+    steps: Annotated[int | None, typer.Option(min=1, help="In place of --epochs: training steps, at most.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per training step.")] = 32,
     lr: Annotated[
         str | None, typer.Option(help="auto, a number, or several with commas to choose on validation.")
@@ -101,15 +106,24 @@ def compare(
         bool, typer.Option("--fresh/--resume", help="Run everything again / reuse finished runs.")
     ] = False,
     cache_dir: CacheDir = None,
+    map_init: Annotated[
+        str | None, typer.Option(help="Fit METHOD@FILE of other size: prompts, layers, or both with a comma.")
+    ] = None,
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="Go on with METHOD@FILE that was trained on examples of the task.")
+    ] = False,
     runs_dir: Annotated[Path, typer.Option(help="Where records, predictions and reports go.")] = Path("runs"),
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Train and test methods on one backbone and task, and report accuracy, memory and time side by side."""
-    from .bench.compare import Request, compare
+    from .bench.compare import compare
+    from .bench.few_shot_report import draw_curve
+    from .bench.outcome import Request
     from .bench.prepare import Inputs
     from .bench.record import write_text
     from .bench.report import failures, markdown, print_table, skipped, verdicts
+    from .bench.suite import compare_suite, show_suite, suite_of
     from .bench.table import comparisons, document, rows
     from .cache.build import CaptureOptions
     from .cache.home import home
@@ -123,7 +137,9 @@ def compare(
         methods=tuple(name for name in methods.split(",") if name),
         settings=settings_of(set_ or []),
         seeds=seeds_of(seeds),
+        shots=shots_of(shots),
         epochs=epochs,
+        steps=steps,
         batch_size=batch_size,
         lr=lr,
         split_seed=split_seed,
@@ -132,21 +148,105 @@ def compare(
         tier="ram" if cache_in_ram else "device" if cache_on_device else "auto",
         may_build=not no_build,
         fresh=fresh,
+        map_init=names_of(map_init) or (),
+        allow_overlap=allow_overlap,
     )
+    if suite := suite_of(task):
+        with displayed(quiet) as display:
+            where = {"home": home(), "cache_dir": caches(cache_dir), "runs_dir": runs_dir}
+            found = compare_suite(suite, request, **where, listener=display.listener())
+        if not show_suite(found, as_json):
+            raise typer.Exit(1)
+        return
     with displayed(quiet) as display:
         outcome = compare(
             request, home=home(), cache_dir=caches(cache_dir), runs_dir=runs_dir, listener=display.listener()
         )
     table, compared, report = rows(outcome), comparisons(outcome), outcome.folder / "report.md"
+    undrawn = draw_curve(outcome, table) if outcome.few_shot_sizes else None
     write_text(report, markdown(outcome, table, compared))
     if as_json:
         print(json.dumps(document(outcome, table, compared, report), indent=1))
     else:
         print_table(table, outcome.score_name)
-        sentences = [*failures(table), *skipped(outcome), *verdicts(outcome, compared)]
+        sentences = [undrawn] if undrawn else []
+        sentences += [*failures(table), *skipped(outcome), *verdicts(outcome, compared)]
         print("\n".join([*sentences, f"report: {report}"]))
     if any(row["error"] for row in table):
         raise typer.Exit(1)
+
+
+@app.command()
+def pretrain(
+    backbone: Backbone,
+    task: Task,
+    method: Annotated[str, typer.Option(help="One method, as in bench compare, lora@last4 too.")],
+    out: Annotated[Path, typer.Option(help="FILE.safetensors for the modules; then bench compare METHOD@FILE.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="METHOD.KEY=VALUE, repeatable.")] = None,
+    objective: Annotated[str, typer.Option(help="supervised, or contrastive with --views 2 or more.")] = "supervised",
+    temperature: Annotated[float, typer.Option(help="Of the contrastive objective.")] = 0.1,
+    seed: Annotated[int, typer.Option(min=0, help="Training seed.")] = 0,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training part.")] = 10,
+    steps: Annotated[int | None, typer.Option(min=1, help="At most so many, in whole epochs, one or more.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per training step.")] = 32,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the method's own.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16 (mixed).")] = "fp32",
+    limit: Limit = None,
+    split_seed: SplitSeed = 0,
+    dtype: Dtype = "float16",
+    tokens: Tokens = "all",
+    views: Views = 0,
+    image_size: ImageSize = None,
+    max_length: MaxLength = None,
+    device: Device = "auto",
+    zero_shot: Annotated[
+        str | None, typer.Option(help="A task of the same classes: try the source head on its test part, a control.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh/--resume", help="Begin anew, over what is there / go on where it was stopped.")
+    ] = False,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a method's modules on a source task and keep them, without the head, as a start for other tasks."""
+    from .bench.prepare import Inputs
+    from .bench.pretrain import pretrain
+    from .bench.pretrain import sentence as pretrained_sentence
+    from .bench.pretrain_request import PretrainRequest
+    from .bench.training import Diverged
+    from .cache.build import CaptureOptions
+    from .cache.home import home
+
+    if precision not in ("fp32", "bf16"):
+        raise SidebenchError(f"--precision is fp32 or bf16; found {precision!r}.")
+    request = PretrainRequest(
+        inputs=Inputs(backbone, task, image_size, max_length, limit, device),
+        method=method,
+        settings=settings_of(set_ or []),
+        out=out,
+        objective=objective,
+        temperature=temperature,
+        seed=seed,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        precision=precision,
+        split_seed=split_seed,
+        capture=CaptureOptions(None, dtype, 64, tokens, views=views),
+        zero_shot=zero_shot,
+        fresh=fresh,
+    )
+    with displayed(quiet) as display:
+        try:
+            found = pretrain(
+                request, home=home(), cache_dir=caches(cache_dir), say=display.say, progress=display.examples
+            )
+        except Diverged as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+    show(found, as_json, pretrained_sentence(found))
 
 
 @app.command()
@@ -218,6 +318,9 @@ def methods(as_json: AsJson = False, quiet: Quiet = False) -> None:
         lines += [f"{m['name']} ({m['kind']}): {m['summary']}", f"  {m['paper']}"]
         lines += [f"  {line}" for line in m["parameters"].splitlines()]
         lines += [f"  {m['name']}.{key}={str(o['default']).lower()}  {o['help']}" for key, o in m["config"].items()]
+        for family, found_for in m["families"].items():
+            changed = ", ".join(f"{key}={str(value).lower()}" for key, value in found_for["options"].items())
+            lines.append(f"  on {family} tasks: {changed}  {found_for['source']}")
     show(found, as_json, "\n".join(lines))
 
 

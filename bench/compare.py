@@ -1,67 +1,31 @@
 """Several methods, one backbone, one task: plan the runs, run each in its own interpreter, gather what they say."""
 
-import hashlib
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..adapters import _base
 from ..adapters._base import CachedMethod, FittedMethod, LiveMethod, Method, PrefixMethod
 from ..adapters._registry import Named
 from ..cache.build import BuildResult, CaptureOptions, Plan
 from ..cache.catalog import read_notes
 from ..cache.errors import SidebenchError
 from ..cache.form import Form
-from ..cache.manifest import Manifest, canonical_json, missing_layers
-from ..cache.memory_store import Tier
+from ..cache.manifest import Manifest, missing_layers
 from ..cache.views import DESCRIPTION
-from .choice import chosen_methods, refusal
-from .launch import Listener, failed, run_once, with_chosen_lr
-from .prepare import Inputs, Prepared, plan_store, prepare, resolve_device, store_for
-from .record import Job, RunRecord
-from .tasks.base import Split
+from .choice import chosen_methods, family_options, refusal
+from .initial import initialisations
+from .jobs import LR_SHOTS, data_facts, folder_name, job_of, learning_rates
+from .launch import Listener, chosen_lr, failed, run_all
+from .outcome import Outcome, Request, Runs
+from .prepare import Prepared, plan_store, prepare, resolve_device, store_for
+from .record import Job, split_name, write_split
+from .tasks.base import Split, Task
+from .tasks.few_shot import few_shot
+from .tasks.load import family_of
 from .tasks.split import split as split_task
-from .worker import SPLIT, write_split
 
 _NO_NETWORK = "it trains inside the backbone, and imported features have no network behind them"
-AUTO_FACTORS = (0.3, 1.0, 3.0)  # --lr auto: the method's own default and its neighbours, equally many for every method
-
-
-@dataclass(frozen=True)
-class Request:
-    """What `bench compare` was asked for."""
-
-    inputs: Inputs
-    methods: tuple[str, ...]
-    settings: Mapping[str, Mapping[str, str]]  # method key -> option -> value as typed
-    seeds: tuple[int, ...] = (0, 1, 2)
-    epochs: int = 10
-    batch_size: int = 32
-    lr: str | None = None  # None: each method's default; "auto"; or "X,Y,Z"
-    split_seed: int = 0
-    precision: str = "fp32"
-    capture: CaptureOptions = field(default_factory=CaptureOptions)
-    tier: Tier = "auto"
-    may_build: bool = True
-    fresh: bool = False
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Everything a report is made of: records by method in the order asked, and what could not run."""
-
-    request: Request
-    folder: Path
-    records: Mapping[str, Sequence[RunRecord]]
-    files: Sequence[Path]
-    skipped: Mapping[str, str]
-    sizes: Mapping[str, int]
-    score_name: str
-    store: Mapping[str, Any] | None
-    view: str = ""  # what an augmented view is, where there are any
 
 
 def compare(
@@ -73,7 +37,10 @@ def compare(
     keeps its place with its error.
     """
     listener = listener or Listener()
-    asked = chosen_methods(request.methods, request.settings)
+    if request.shots and min(request.shots) < 1:
+        raise SidebenchError(f"--shots wants numbers of 1 or more; found {min(request.shots)}.")
+    family = family_of(request.inputs.task)
+    asked = chosen_methods(request.methods, request.settings, family)
     named = [n for n, _ in asked]
     configured = {n.text: method for n, method in asked}
     rates = {name: learning_rates(request.lr, method) for name, method in configured.items()}
@@ -82,44 +49,81 @@ def compare(
     planned = None if prepared.imported else plan_store(prepared, request.capture)
     source = planned or prepared.imported
     assert source is not None
-    _check_pooling(prepared, source.manifest)
+    check_pooling(prepared, source.manifest)
     chosen, skipped = _accepted(configured, prepared, source.manifest.form, by_name=request.methods)
-    facts = _data_facts(source.manifest)
-    folder = runs_dir / _folder_name(request, facts)
-    _begin_folder(folder, parts)
+    initial = initialisations(
+        {n: method for n, method in asked if n.text in chosen},
+        prepared.task,
+        parts,
+        source.manifest,
+        mappings=request.map_init,
+        allow_overlap=request.allow_overlap,
+        say=listener.say,
+    )
+    facts = data_facts(source.manifest)
+    folder = runs_dir / folder_name(request, facts)
+    drawn = _few_shots(request, prepared.task, parts)
+    _begin_folder(folder, {split_name(None, 0): parts, **{split_name(*key): found for key, found in drawn.items()}})
     built = _store(request, prepared, planned, chosen, listener)
     device = str(resolve_device(request.inputs.device, lambda _: None))
-    jobs = {
-        n.text: [_job(request, n, rates[n.text], seed, prepared, facts, built, device) for seed in request.seeds]
-        for n in named
-        if n.text in chosen
-    }
+    jobs = {n: job_of(request, n, rates[n.text], prepared, facts, built, device) for n in named if n.text in chosen}
+    jobs = {n: replace(job, init=initial.get(n.text)) for n, job in jobs.items()}
     score_name = prepared.task.score_name
     view = DESCRIPTION[prepared.task.examples.modality] if request.capture.views else ""
     del prepared, planned  # the workers load what they need; this process need not hold a backbone meanwhile
-    records: dict[str, list[RunRecord]] = {}
-    files: list[Path] = []
-    for name, method_jobs in jobs.items():
-        final, failure = with_chosen_lr(method_jobs, folder, request.fresh, listener)
-        records[name] = [
-            run_once(job, folder, request.fresh, listener) if failure is None else failed(job, failure, folder)
-            for job in final
-        ]
-        files += [folder / f"{job.stem}.json" for job in final]
+    runs = [found for job in jobs.values() for found in _run(request, job, folder, listener)]
     return Outcome(
         request,
         folder,
-        records,
-        files,
+        runs,
         skipped,
         parts.sizes(),
         score_name,
         None if built is None else _store_facts(built),
         view,
+        family_options(list(jobs), request.settings, family, lr_typed=request.lr not in (None, "auto")),
+        {shots: found.sizes() for (shots, _), found in drawn.items()},
+        _twins(list(jobs)),
     )
 
 
-def _check_pooling(prepared: Prepared, manifest: Manifest) -> None:
+def _twins(named: Sequence[Named]) -> dict[str, str]:
+    texts = {n.text for n in named}
+    return {n.text: n.twin for n in named if n.twin is not None and n.twin in texts}
+
+
+def _few_shots(request: Request, task: Task, parts: Split) -> dict[tuple[int, int], Split]:
+    """The parts of each (shots, seed), that of the choice of learning rates among them."""
+    if not request.shots:
+        return {}
+    wanted = [(shots, seed) for shots in request.shots for seed in request.seeds]
+    chosen_at = [] if request.lr is None else [(LR_SHOTS, request.seeds[0])]
+    return {key: few_shot(task, parts, *key) for key in dict.fromkeys([*wanted, *chosen_at])}
+
+
+def _run(request: Request, job: Job, folder: Path, listener: Listener) -> list[Runs]:
+    """A method's runs: its learning rate is chosen first, then every seed has an interpreter for all its shots."""
+    shots = request.shots or (None,)
+    trials = [replace(job, seed=seed) for seed in request.seeds]
+    if request.shots:
+        trials = [replace(job, seed=request.seeds[0], shots=LR_SHOTS)]
+    lr, error = chosen_lr(trials, folder, request.fresh, listener)
+    lrs = job.lrs if lr is None else (lr,)
+    by_seed = [[replace(job, seed=seed, shots=k, lrs=lrs) for k in shots] for seed in request.seeds]
+    records = [
+        run_all(jobs, folder, request.fresh, listener)
+        if error is None
+        else [failed(job, error, folder) for job in jobs]
+        for jobs in by_seed
+    ]
+    return [
+        Runs(job.method, k, [found[i] for found in records], [folder / f"{jobs[i].stem}.json" for jobs in by_seed])
+        for i, k in enumerate(shots)
+    ]
+
+
+def check_pooling(prepared: Prepared, manifest: Manifest) -> None:
+    """Raise SidebenchError where the form keeps no token that the task pools."""
     if prepared.task.pooling == "cls" and manifest.form.tokens == "mean":
         raise SidebenchError(f"{prepared.task.uri} pools the class token, which --tokens mean drops; type cls+mean.")
 
@@ -183,118 +187,14 @@ def _imported(request: Request, prepared: Prepared, wanted: Sequence[str]) -> Bu
     return prepared.imported
 
 
-def _begin_folder(folder: Path, parts: Split) -> None:
+def _begin_folder(folder: Path, splits: Mapping[str, Split]) -> None:
     """Before anything long: a folder that cannot be written is found out now."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_split(folder / SPLIT, parts)
+        for name, parts in splits.items():
+            write_split(folder / name, parts)
     except OSError as error:
         raise SidebenchError(f"cannot write to {folder}: {error.strerror}. Choose another with --runs-dir.") from error
-
-
-def _data_facts(manifest: Manifest) -> dict[str, str]:
-    """Hashes of what the runs are about, so that a record is reused only for the same data and weights."""
-    backbone = manifest.backbone
-    return {
-        "dataset": str(manifest.dataset["sha256"]),
-        "weights": str(backbone.get("weights_sha256") or backbone.get("features_sha256")),
-        "preprocessing": hashlib.sha256(canonical_json(manifest.preprocessing).encode()).hexdigest(),
-    }
-
-
-def _folder_name(request: Request, facts: Mapping[str, str]) -> str:
-    """One folder per backbone, task and protocol: methods and seeds added later join their comparison."""
-    about = {
-        "data": facts,
-        "split_seed": request.split_seed,
-        "epochs": request.epochs,
-        "batch_size": request.batch_size,
-        "lr": request.lr,
-        "precision": request.precision,
-    }
-    if request.capture.views:
-        about["views"] = [request.capture.views, request.capture.seed]
-    digest = hashlib.sha256(canonical_json(about).encode()).hexdigest()[:8]
-    return f"{_slug(request.inputs.backbone)}-{_slug(request.inputs.task)}-{digest}"
-
-
-def _slug(uri: str) -> str:
-    last = uri.split("?")[0].rstrip("/").replace(":", "/").rsplit("/", 1)[-1]
-    return "".join(c if c.isalnum() else "-" for c in last)[:40] or "run"
-
-
-def _job(
-    request: Request,
-    named: Named,
-    lrs: tuple[float, ...],
-    seed: int,
-    prepared: Prepared,
-    facts: Mapping[str, str],
-    built: BuildResult | None,
-    device: str,
-) -> Job:
-    store = None if named.kind == "live" else built
-    data = {**facts, "method": _code_sha256(named), "sidebench": __version__}
-    if store is not None:
-        data["store"] = store.manifest.digest
-    inputs = request.inputs
-    return Job(
-        method=named.text,
-        settings=dict(request.settings.get(named.key, {})),
-        seed=seed,
-        kind=named.kind,
-        backbone=inputs.backbone,
-        task=inputs.task,
-        image_size=inputs.image_size,
-        max_length=inputs.max_length,
-        limit=inputs.limit,
-        split_seed=request.split_seed,
-        epochs=request.epochs,
-        batch_size=request.batch_size,
-        lrs=lrs,
-        precision=request.precision,
-        device=device,
-        data=data,
-        num_outputs=prepared.task.num_outputs,
-        pooling=prepared.task.pooling,
-        store=None if store is None else str(store.folder.absolute()),
-        tier=request.tier,
-        views=request.capture.views,
-        view_seed=request.capture.form().seed if request.capture.views else None,
-        score=prepared.task.score_name,
-        values=prepared.task.values or (),
-    )
-
-
-def _code_sha256(named: Named) -> str:
-    """Hash of the method's file and the plumbing of all: once they are edited, finished runs are another method's."""
-    own = getattr(sys.modules[named.cls.__module__], "__file__", None)
-    plumbing = sorted(Path(_base.__file__).parent.glob("_*.py"))
-    digest = hashlib.sha256()
-    for path in (*([Path(own)] if own else []), *plumbing):
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
-
-
-def learning_rates(lr: str | None, method: Method) -> tuple[float, ...]:
-    """The rates a method tries: its default; three around it for "auto"; or those given."""
-    given = _typed_rates(lr) if lr not in (None, "auto") else ()
-    default = getattr(method.config, "lr", None)
-    if default is None:
-        return (0.0,)  # solved, not stepped
-    if lr == "auto":
-        return tuple(float(f"{default * factor:.3g}") for factor in AUTO_FACTORS)
-    return given or (float(default),)
-
-
-def _typed_rates(text: str) -> tuple[float, ...]:
-    try:
-        rates = tuple(dict.fromkeys(float(rate) for rate in text.split(",")))
-    except ValueError:
-        raise SidebenchError(f"--lr wants auto, a number, or numbers with commas; found {text!r}.") from None
-    if any(not 0 < rate < float("inf") for rate in rates):
-        raise SidebenchError(f"--lr wants positive numbers; found {text!r}.")
-    return rates
 
 
 def _store_facts(built: BuildResult) -> dict[str, Any]:

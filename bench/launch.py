@@ -16,8 +16,7 @@ from ..cache.errors import SidebenchError
 from ..cache.fill import Progress
 from .environment import environment
 from .prepare import Say
-from .record import Job, RunRecord, read_predictions, read_record, write_json
-from .worker import trial_path
+from .record import Job, RunRecord, read_predictions, read_record, trial_path, write_json
 
 
 @dataclass(frozen=True)
@@ -29,34 +28,34 @@ class Listener:
     run_event: Callable[[Job, Mapping[str, Any]], None] = lambda job, event: None
 
 
-def with_chosen_lr(
-    jobs: Sequence[Job], folder: Path, fresh: bool, listener: Listener
-) -> tuple[Sequence[Job], str | None]:
-    """Jobs with one learning rate each: the one of best mean validation score over all seeds, never per seed.
+def chosen_lr(trials: Sequence[Job], folder: Path, fresh: bool, listener: Listener) -> tuple[float | None, str | None]:
+    """The learning rate of best mean validation score over these jobs, never one per seed.
 
-    A rate that diverged with any seed is out. With the jobs the error of a trial that failed, or None.
+    A rate that diverged in any of them is out. Or None, and the error of a trial that failed.
     """
-    if len(jobs[0].lrs) == 1:
-        return jobs, None
-    scores: dict[float, list[float | None]] = {lr: [] for lr in jobs[0].lrs}
-    for job in jobs:
-        trials = [trial_path(folder, job, lr) for lr in job.lrs]
-        if fresh or not all(path.exists() for path in trials):
-            error = spawn(job, folder, listener)
+    lrs = trials[0].lrs
+    if len(lrs) == 1:
+        return lrs[0], None
+    scores: dict[float, list[float | None]] = {lr: [] for lr in lrs}
+    for job in trials:
+        paths = [trial_path(folder, job, lr) for lr in lrs]
+        if fresh or not all(path.exists() for path in paths):
+            (error,) = spawn([job], folder, listener)
             if error is not None:
-                return jobs, error
-        for path, lr in zip(trials, job.lrs, strict=True):
+                return None, error
+        for path, lr in zip(paths, lrs, strict=True):
             scores[lr].append(json.loads(path.read_text("utf-8"))["val_score"])
     means = {lr: _mean(found) for lr, found in scores.items()}
     finite = {lr: mean for lr, mean in means.items() if mean is not None}
     if not finite:
-        return jobs, f"the loss is not finite at any learning rate of {', '.join(f'{lr:g}' for lr in scores)}."
+        return None, f"the loss is not finite at any learning rate of {', '.join(f'{lr:g}' for lr in scores)}."
     best = max(finite, key=lambda lr: finite[lr])
+    over = "mean over seeds" if trials[0].shots is None else f"{trials[0].shots} shots, seed {trials[0].seed}"
     listener.say(
-        f"{jobs[0].method}: learning rate {best:g} chosen on validation, mean over seeds "
+        f"{trials[0].method}: learning rate {best:g} chosen on validation, {over}: "
         + ", ".join(f"{lr:g}: {'diverged' if mean is None else f'{mean:.3f}'}" for lr, mean in means.items())
     )
-    return [dataclasses.replace(job, lrs=(best,)) for job in jobs], None
+    return best, None
 
 
 def _mean(scores: Sequence[float | None]) -> float | None:
@@ -65,14 +64,19 @@ def _mean(scores: Sequence[float | None]) -> float | None:
     return statistics.mean(known) if len(known) == len(scores) else None
 
 
-def run_once(job: Job, folder: Path, fresh: bool, listener: Listener) -> RunRecord:
-    """The record of a job: the one it has, unless `fresh`, else of a run in a new interpreter."""
-    path = folder / f"{job.stem}.json"
-    if not fresh and (record := _finished(path)) is not None:
-        listener.run_event(job, {"event": "reused"})
-        return record
-    error = spawn(job, folder, listener)
-    return read_record(path) if error is None else failed(job, error, folder)
+def run_all(jobs: Sequence[Job], folder: Path, fresh: bool, listener: Listener) -> list[RunRecord]:
+    """The records of jobs of one method and seed: those it has, unless `fresh`, else of runs in one new interpreter."""
+    found: dict[str, RunRecord] = {}
+    for job in jobs:
+        if not fresh and (record := _finished(folder / f"{job.stem}.json")) is not None:
+            listener.run_event(job, {"event": "reused"})
+            found[job.stem] = record
+    left = [job for job in jobs if job.stem not in found]
+    errors = spawn(left, folder, listener) if left else []
+    for job, error in zip(left, errors, strict=True):
+        path = folder / f"{job.stem}.json"
+        found[job.stem] = read_record(path) if error is None else failed(job, error, folder)
+    return [found[job.stem] for job in jobs]
 
 
 def _finished(path: Path) -> RunRecord | None:
@@ -87,39 +91,51 @@ def _finished(path: Path) -> RunRecord | None:
     return record if record.error is None and record.measured is not None else None
 
 
-def spawn(job: Job, folder: Path, listener: Listener) -> str | None:
-    """Run a job in a fresh interpreter; returns None, or the sentence that says how it failed."""
+def spawn(jobs: Sequence[Job], folder: Path, listener: Listener) -> list[str | None]:
+    """Run jobs in turn in a fresh interpreter; for each None, or the sentence that says how it failed.
+
+    Where it dies in the midst, those that it had not begun go to another one.
+    """
+    errors: list[str | None] = []
+    while len(errors) < len(jobs):
+        errors += _spawn_once(jobs[len(errors) :], folder, listener)
+    return errors
+
+
+def _spawn_once(jobs: Sequence[Job], folder: Path, listener: Listener) -> list[str | None]:
+    """The outcome of each job that was begun, in order; of the first one at least."""
     # A name of this process's own: another comparison of the same job would remove the file before it is read.
-    job_path = folder / f"{job.stem}.{os.getpid()}.job.json"
-    write_json(job_path, dataclasses.asdict(job))
-    log_path = folder / f"{job.stem}.log"
-    listener.run_event(job, {"event": "started"})
-    message: str | None = None
-    command = [sys.executable, "-P", "-m", f"{__package__}.worker", str(job_path)]
+    jobs_path = folder / f"{jobs[0].stem}.{os.getpid()}.job.json"
+    write_json(jobs_path, [dataclasses.asdict(job) for job in jobs])
+    log_path = folder / f"{jobs[0].stem}.log"
+    ended: list[str | None] = []  # an error or None for each that ended
+    begun = 0
+    command = [sys.executable, "-P", "-m", f"{__package__}.worker", str(jobs_path)]
     with open(log_path, "w", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, encoding="utf-8", errors="replace")
         try:
             assert process.stdout is not None
             for line in process.stdout:
                 event = _event_of(line)
-                if event.get("event") == "error":
-                    message = str(event.get("message"))
-                else:
-                    listener.run_event(job, event)
+                begun += event.get("event") == "started"
+                if event.get("event") in ("ended", "failed"):
+                    ended.append(event.get("message"))
+                listener.run_event(jobs[max(begun - 1, 0)], event)
             code = process.wait()
         finally:
             process.kill()  # after Ctrl-C; a process that has ended does not mind
             process.wait()
-            job_path.unlink(missing_ok=True)
+            jobs_path.unlink(missing_ok=True)
     if code == 0:
         log_path.unlink(missing_ok=True)
-        return None
-    if message is None:
+        return ended
+    if begun != len(ended) or not ended:  # it died, and did not say why
         lines = log_path.read_text("utf-8", "replace").strip().splitlines()
         last = lines[-1] if lines else "no message"
         message = f"{_death(-code) if code < 0 else last}; see {log_path}"
-    listener.run_event(job, {"event": "failed", "message": message})
-    return message
+        listener.run_event(jobs[len(ended)], {"event": "failed", "message": message})
+        ended.append(message)
+    return ended
 
 
 def _death(number: int) -> str:

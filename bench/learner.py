@@ -82,7 +82,16 @@ class CachedSource:
 class LiveSource:
     """Inputs of the backbone. Prepared (tokenised, resized) once if they fit into RAM, else batch by batch."""
 
-    def __init__(self, backbone: Backbone, task: Task, *, views: int = 0, view_seed: int | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        task: Task,
+        *,
+        views: int = 0,
+        view_seed: int | None = None,
+        prepared: list[Tensor] | None = None,
+    ) -> None:
+        """prepared: what another source of the same facts has under that name."""
         self.views = views
         self._view_seed = view_seed
         self._preprocess = backbone.preprocess
@@ -90,9 +99,10 @@ class LiveSource:
         items = len(task.examples) * (1 + views)
         self.device = backbone.device
         self._tokens = backbone.shapes([backbone.final_layer])[backbone.final_layer][0]  # None: as many as the text's
-        first = self._prepare([0])[0]
-        fits = first.nbytes * items <= _PREPARED_IN_RAM_BYTES
-        self._prepared = self._prepare(range(items)) if fits or task.examples.modality == "text" else None
+        self.prepared = prepared  # None: batch by batch
+        if prepared is None:
+            fits = self._prepare([0])[0].nbytes * items <= _PREPARED_IN_RAM_BYTES
+            self.prepared = self._prepare(range(items)) if fits or task.examples.modality == "text" else None
 
     def batches(self, batches: Sequence[Index]) -> Iterator[Batch]:
         """See Source."""
@@ -102,15 +112,15 @@ class LiveSource:
 
     def lengths(self) -> Index:
         """See Source."""
-        if self._prepared is None or self._examples.modality == "image":
+        if self.prepared is None or self._examples.modality == "image":
             return np.full(len(self._examples) * (1 + self.views), self._tokens or 1, dtype=np.int64)
-        return np.array([len(ids) for ids in self._prepared], dtype=np.int64)
+        return np.array([len(ids) for ids in self.prepared], dtype=np.int64)
 
     def _prepare(self, indices: Sequence[int]) -> list[Tensor]:
         return prepare_items(self._preprocess, self._examples, indices, self._view_seed)
 
     def _collate(self, index: Index) -> tuple[dict[str, Tensor], Tensor]:
-        prepared = self._prepare(index.tolist()) if self._prepared is None else [self._prepared[i] for i in index]
+        prepared = self._prepare(index.tolist()) if self.prepared is None else [self.prepared[i] for i in index]
         inputs, mask = self._preprocess.collate(prepared)
         if self._tokens is not None:
             return inputs, torch.ones((len(index), self._tokens), dtype=torch.bool)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 PLAIN: dict[str, Any] = {"rich_markup_mode": None, "no_args_is_help": True, "add_completion": False}
 
 Backbone = Annotated[str, typer.Option(help="sample:NAME, hf:ID_OR_FOLDER or module:PKG.MOD:FACTORY.")]
-Task = Annotated[str, typer.Option(help="sample:NAME, csv:PATH, jsonl:PATH, folder:PATH or glue:NAME: `bench tasks`.")]
+Task = Annotated[str, typer.Option(help="sample:NAME, csv:PATH, folder:PATH, glue:NAME, vtab:NAME …: `bench tasks`.")]
 Layers = Annotated[
     str | None, typer.Option(help="Globs with commas, e.g. 'blocks.*'. Default: embeddings, blocks, norm.")
 ]
@@ -85,6 +85,14 @@ def settings_of(given: list[str]) -> dict[str, dict[str, str]]:
             raise SidebenchError(f"--set wants METHOD.KEY=VALUE, e.g. lora.rank=4; found {text!r}.")
         found.setdefault(method, {})[key] = value
     return found
+
+
+def shots_of(text: str | None) -> tuple[int, ...]:
+    """--shots: whole numbers with commas, each once, in rising order."""
+    try:
+        return tuple(sorted({int(shots) for shots in (text or "").split(",") if shots}))
+    except ValueError:
+        raise SidebenchError(f"--shots wants whole numbers with commas, e.g. 1,2,4,8,16; found {text!r}.") from None
 
 
 def seeds_of(text: str) -> tuple[int, ...]:

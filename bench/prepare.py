@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ..cache.backbone import Architecture, Backbone
+from ..cache.architecture import Architecture
+from ..cache.backbone import Backbone
 from ..cache.build import BuildResult, CaptureOptions, Plan, Progress, Workers, build, plan
 from ..cache.catalog import find_store, imported_store, nearest_mismatch
 from ..cache.errors import SidebenchError

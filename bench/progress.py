@@ -70,6 +70,8 @@ class Display:
                 f"{name}: back-propagated through the whole backbone over {event['examples']} training examples to "
                 f"initialise, {took}; once, and in no other figure of the run"
             )
+        elif kind == "mapped":
+            self.say(f"{name}: {event['how']}")
         elif kind == "reused":
             self.say(f"{name}: finished before, reused")
         elif kind == "started":

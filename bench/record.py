@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..cache.errors import SidebenchError
 from ..cache.manifest import canonical_json
+from .tasks.base import Split
 from .tasks.score import ACCURACY
 
 
@@ -46,6 +47,10 @@ class Job:
     view_seed: int | None = None
     score: str = ACCURACY
     values: Sequence[float] = ()  # of a regression: the number that each class index stands for
+    family: str | None = None  # of tasks, whose defaults the method takes
+    shots: int | None = None  # few-shot: so many training examples of each class
+    init: Mapping[str, Any] | None = None  # of pre-trained modules: the file's hash, what it is, how it is mapped
+    steps: int | None = None  # at most so many, in as many epochs as they allow; None: `epochs` says it
 
     @property
     def digest(self) -> str:
@@ -58,10 +63,22 @@ class Job:
         return np.array(self.values, dtype=np.float32)[classes] if self.values else classes
 
     @property
+    def split_name(self) -> str:
+        """The file beside the runs that holds the parts of the task; of few shots, the seed's own."""
+        return split_name(self.shots, self.seed)
+
+    def epochs_of(self, examples: int) -> int:
+        """How many passes over so many training examples."""
+        if self.steps is None:
+            return self.epochs
+        return max(1, self.steps // -(-examples // self.batch_size))
+
+    @property
     def stem(self) -> str:
         """File name of the record without its ending: readable, then unique."""
         name = "".join(c if c.isalnum() else "-" for c in Path(self.method).stem or self.method)[:40]
-        return f"{name}-seed{self.seed}-{self.digest}"
+        shots = "" if self.shots is None else f"-{self.shots}shot"
+        return f"{name}{shots}-seed{self.seed}-{self.digest}"
 
 
 @dataclass(frozen=True)
@@ -156,3 +173,25 @@ def read_predictions(path: Path) -> tuple[NDArray[np.float32], NDArray[Any]]:
             return found["logits"], found["targets"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise SidebenchError(f"the predictions {path} cannot be read: {error}.") from None
+
+
+def split_name(shots: int | None, seed: int) -> str:
+    """File of a split: one for all seeds, or of few shots one each."""
+    return "split.npz" if shots is None else f"split-{shots}shot-seed{seed}.npz"
+
+
+def write_split(path: Path, split: Split) -> None:
+    """Keep the parts of the task beside the runs that used them."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, train=split.train, val=split.val, test=split.test)
+
+
+def read_split(path: Path) -> Split:
+    """Read what `write_split` wrote."""
+    with np.load(path, allow_pickle=False) as found:
+        return Split(found["train"], found["val"], found["test"])
+
+
+def trial_path(folder: Path, job: Job, lr: float) -> Path:
+    """Where a learning-rate trial leaves its validation score."""
+    return folder / "trials" / f"{job.stem}-lr{lr!r}.json"

@@ -1,17 +1,17 @@
 """The Markdown report and the terminal's table: a pure function of the records, every unit named."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .compare import Outcome
+from ..adapters._base import TrainingConfig
+from . import few_shot_report
+from .initial import sentences as pretrained_modules
+from .markdown import MIB, bullets, interval, mib, table, text
+from .outcome import Outcome
 from .table import Compared
 from .tasks.score import ACCURACY
 
 Row = Mapping[str, Any]
-# What Markdown (with GitHub's tables and formulas) reads as markup; an underscore inside a word is none.
-_SPECIAL = re.compile(r"[\\`*|~$\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
-_MIB = 2**20
 _LITERATURE_GB = 2**20 * 1000
 _MEMORY_LEGEND = (
     'Tracked bytes, except the last column. Literature "GB": bytes / 1024² / 1000, the unit that LST, UniPT and SHERL '
@@ -34,9 +34,10 @@ _SHARED_COLUMNS = (
 )
 
 
-def columns(score_name: str) -> tuple[str, ...]:
+def columns(score_name: str, rows: Sequence[Row]) -> tuple[str, ...]:
     """The heads of the table."""
-    return ("method", "kind", f"{score_name} %", *_SHARED_COLUMNS)
+    shots = ("shots",) if any(row["shots"] for row in rows) else ()
+    return ("method", "kind", *shots, f"{score_name} %", *_SHARED_COLUMNS)
 
 
 def cells(row: Row) -> list[str]:
@@ -45,13 +46,14 @@ def cells(row: Row) -> list[str]:
     return [
         row["method"],
         row["kind"],
+        *([str(row["shots"])] if row["shots"] else []),
         "failed" if score is None else f"{100 * score['mean']:.2f}",
-        "" if score is None else _interval(score["ci95"]),
-        "" if score is None else _interval(score["test_ci95"]),
+        "" if score is None else interval(score["ci95"]),
+        "" if score is None else interval(score["test_ci95"]),
         "" if row["trainable_params"] is None else f"{row['trainable_params']:,}",
-        _mib(row["peak_tracked_bytes"]),
-        _mib(row["peak_device_bytes"]),
-        _mib(row["peak_host_bytes"]),
+        mib(row["peak_tracked_bytes"]),
+        mib(row["peak_device_bytes"]),
+        mib(row["peak_host_bytes"]),
         "" if row["train_seconds"] is None else f"{row['train_seconds']:.1f}",
         "" if row["examples_per_second"] is None else f"{row['examples_per_second']:,.0f}",
     ]
@@ -59,7 +61,7 @@ def cells(row: Row) -> list[str]:
 
 def failures(rows: Sequence[Row]) -> list[str]:
     """A sentence per method of which a run failed."""
-    return [f"{row['method']} failed: {row['error']}" for row in rows if row["error"]]
+    return [f"{_at(row['method'], row['shots'])} failed: {row['error']}" for row in rows if row["error"]]
 
 
 def skipped(outcome: Outcome) -> list[str]:
@@ -68,10 +70,11 @@ def skipped(outcome: Outcome) -> list[str]:
 
 
 def verdicts(outcome: Outcome, compared: Sequence[Compared]) -> list[str]:
-    """A sentence per method against the reference."""
+    """A sentence per comparison."""
     test = "sign-flip" if outcome.score_name == ACCURACY else "swap"
     return [
-        f"{c.method} {'shows no difference from' if c.verdict == 'no difference shown' else c.verdict} {c.against}: "
+        f"{_at(c.method, c.shots)} "
+        f"{'shows no difference from' if c.verdict == 'no difference shown' else c.verdict} {c.against}: "
         f"{100 * c.difference:+.2f} points, 95 % paired bootstrap interval [{100 * c.ci95[0]:+.2f}, "
         f"{100 * c.ci95[1]:+.2f}], {test} permutation p = {c.p_value:.4f}, {c.p_adjusted:.4f} after Holm over "
         f"{len(compared)}; {outcome.sizes['test']} test examples, {len(outcome.request.seeds)} seeds."
@@ -79,22 +82,31 @@ def verdicts(outcome: Outcome, compared: Sequence[Compared]) -> list[str]:
     ]
 
 
+def _at(method: str, shots: int | None) -> str:
+    return method if shots is None else f"{method} at {shots} shot{'s' * (shots > 1)}"
+
+
 def markdown(outcome: Outcome, rows: Sequence[Row], compared: Sequence[Compared]) -> str:
     """The whole report."""
     parts = [
-        f"# {_text(outcome.request.inputs.backbone)} on {_text(outcome.request.inputs.task)}",
+        f"# {text(outcome.request.inputs.backbone)} on {text(outcome.request.inputs.task)}",
         _protocol(outcome),
         "## Results",
-        _table(columns(outcome.score_name), [cells(row) for row in rows]),
+        table(columns(outcome.score_name, rows), [cells(row) for row in rows]),
         *_score_parts(outcome, rows),
         _legend(),
+        *(few_shot_report.sections(outcome, rows, compared) if outcome.few_shot_sizes else []),
     ]
     for title, lines in (("## Failed", failures(rows)), ("## Skipped", skipped(outcome))):
         if lines:
-            parts += [title, _list(lines)]
+            parts += [title, bullets(lines)]
     if compared:
-        parts += ["## Paired comparisons", _list(verdicts(outcome, compared))]
+        parts += ["## Paired comparisons", bullets(verdicts(outcome, compared))]
     parts += ["## Memory by category at the tracked peak", _memory(rows)]
+    if lines := _initialisations(rows):
+        parts += ["## Initialisation", bullets(lines)]
+    if lines := pretrained_modules([record for runs in outcome.runs for record in runs.records]):
+        parts += ["## Pre-trained modules", bullets([text(line) for line in lines])]
     if outcome.store:
         parts += ["## Activation cache", _cache(outcome.store)]
     parts += ["## Learning rates", _rates(outcome, rows), "## World", _world(outcome)]
@@ -103,14 +115,14 @@ def markdown(outcome: Outcome, rows: Sequence[Row], compared: Sequence[Compared]
 
 def _score_parts(outcome: Outcome, rows: Sequence[Row]) -> list[str]:
     """What a score that is a mean of figures is made of."""
-    scored = {row["method"]: row["score"]["parts"] for row in rows if row["score"]}
+    scored = {_at(row["method"], row["shots"]): row["score"]["parts"] for row in rows if row["score"]}
     if not any(len(parts) > 1 for parts in scored.values()):
         return []
     listed = [
         f"{method}: " + ", ".join(f"{name} {100 * value:.2f}" for name, value in parts.items())
         for method, parts in scored.items()
     ]
-    return [f"{_text(outcome.score_name)} is the mean of the two, which are, as means over seeds:", _list(listed)]
+    return [f"{text(outcome.score_name)} is the mean of the two, which are, as means over seeds:", bullets(listed)]
 
 
 def _protocol(outcome: Outcome) -> str:
@@ -119,12 +131,33 @@ def _protocol(outcome: Outcome) -> str:
         f"{sizes['train']} training, {sizes['val']} validation and {sizes['test']} test examples "
         f"(split seed {request.split_seed}"
         + (f", limited to {request.inputs.limit} examples" if request.inputs.limit else "")
-        + f"); seeds {', '.join(map(str, request.seeds))}; {request.epochs} epochs, batch size {request.batch_size}, "
-        f"{request.precision}. AdamW with 10 % linear warm-up and cosine decay; the epoch is selected on validation, "
-        "the test part is read once at the end. linear_probe is solved instead, its L2 weight chosen on validation"
+        + f"); seeds {', '.join(map(str, request.seeds))}; {_length(outcome)}, batch size {request.batch_size}, "
+        f"{request.precision}. AdamW with 10 % linear warm-up and cosine decay{_other_schedules(outcome)}; the epoch "
+        "is selected on validation, the test part is read once at the end. linear_probe is solved instead, its L2 "
+        "weight chosen on validation"
         f"{_unconverged(outcome)}. Every method sees the same examples in the same order. "
         + (_views(outcome) if request.capture.views else _NO_AUGMENTATION)
+        + (f" {few_shot_report.protocol(outcome)}" if outcome.few_shot_sizes else "")
     )
+
+
+def _length(outcome: Outcome) -> str:
+    request = outcome.request
+    return f"{request.epochs} epochs" if request.steps is None else f"as many epochs as {request.steps} steps allow"
+
+
+def _other_schedules(outcome: Outcome) -> str:
+    """Methods of which the learning rate takes another course than the common one."""
+    found = []
+    for method, records in outcome.records.items():
+        configs = (record.asked["config"] for record in records if "config" in record.asked)
+        config: Row = next(configs, {})  # none: all failed
+        schedule = config.get("schedule", TrainingConfig.schedule)
+        warm_up = config.get("warm_up", TrainingConfig.warm_up)
+        if (schedule, warm_up) != (TrainingConfig.schedule, TrainingConfig.warm_up):
+            decay = "no" if schedule == "constant" else schedule
+            found.append(f"{text(method)}: {100 * warm_up:g} % and {text(decay)} decay")
+    return f" ({'; '.join(found)})" if found else ""
 
 
 def _unconverged(outcome: Outcome) -> str:
@@ -153,16 +186,27 @@ def _memory(rows: Sequence[Row]) -> str:
     body = [
         [
             row["method"],
-            *(_mib(row["memory_by_category"].get(name)) for name in names),
-            _mib(row["peak_tracked_bytes"]),
+            *(mib(row["memory_by_category"].get(name)) for name in names),
+            mib(row["peak_tracked_bytes"]),
             f"{row['peak_tracked_bytes'] / _LITERATURE_GB:.3f}",
-            _mib(row["predicted_peak_bytes"]),
+            mib(row["predicted_peak_bytes"]),
         ]
         for row in rows
         if row["memory_by_category"]
     ]
     head = (*(f"{name} MiB" for name in names), "sum MiB", 'sum, literature "GB"', "predicted sum MiB")
-    return "\n\n".join([_table(("method", *head), body), _MEMORY_LEGEND])
+    return "\n\n".join([table(("method", *head), body), _MEMORY_LEGEND])
+
+
+def _initialisations(rows: Sequence[Row]) -> list[str]:
+    """What a start from squared gradients took, which is in no other figure."""
+    return [
+        f"{row['method']}: squared gradients of {found['examples']:,} training examples through the whole backbone, "
+        f"once before training: {found['seconds']:.1f} s, tracked peak {mib(found['peak_tracked_bytes'])} MiB, in no "
+        "other figure here."
+        for row in rows
+        if (found := row["initialisation"])
+    ]
 
 
 def _cache(store: Mapping[str, Any]) -> str:
@@ -171,17 +215,17 @@ def _cache(store: Mapping[str, Any]) -> str:
         f"built in {seconds:.1f} s" if isinstance(seconds, int | float) else "built over several sessions, time unknown"
     )
     if keys := store.get("imported_keys"):
-        built = f"imported from features called {', '.join(_text(str(key)) for key in keys)}, made elsewhere"
+        built = f"imported from features called {', '.join(text(str(key)) for key in keys)}, made elsewhere"
     return (
-        f"`{store['digest'][:16]}`: {store['bytes'] / _MIB:,.1f} MiB, {_form(store['form'])}, "
-        f"{len(store['layers'])} layers ({', '.join(_text(layer) for layer in store['layers'])}), {built}."
+        f"`{store['digest'][:16]}`: {store['bytes'] / MIB:,.1f} MiB, {_form(store['form'])}, "
+        f"{len(store['layers'])} layers ({', '.join(text(layer) for layer in store['layers'])}), {built}."
         f"{_lost(store['relative_errors'])}"
     )
 
 
 def _form(form: Mapping[str, Any]) -> str:
     parts = [form["dtype"] + (" after normalising each channel" if form["per_channel"] else "")]
-    parts += [] if form["tokens"] == "all" else [f"tokens {_text(form['tokens'])}"]
+    parts += [] if form["tokens"] == "all" else [f"tokens {text(form['tokens'])}"]
     return ", ".join([*parts, *([f"compressed by {form['compression']}"] if form["compression"] else [])])
 
 
@@ -191,7 +235,7 @@ def _lost(errors: Any) -> str:
     found = {layer: error for layer, error in listed if isinstance(error, float)}
     if not found:
         return ""
-    shown = ", ".join(f"{_text(layer)} {error:.2g}" for layer, error in found.items())
+    shown = ", ".join(f"{text(layer)} {error:.2g}" for layer, error in found.items())
     return f" Relative error against the full activations, on a sample of the task: {shown}."
 
 
@@ -212,8 +256,17 @@ def _rates(outcome: Outcome, rows: Sequence[Row]) -> str:
         None: "each method's default, whose source `bench methods` names",
         "auto": "chosen on validation, mean over seeds, from 0.3, 1 and 3 times each method's default",
     }.get(outcome.request.lr, f"chosen on validation, mean over seeds, from {outcome.request.lr}")
-    used = ", ".join(f"{_text(row['method'])} {row['lr']:g}" for row in rows if row["lr"])
-    return f"{how[0].upper()}{how[1:]}: {used or 'none used'}."
+    if outcome.few_shot_sizes and outcome.request.lr:
+        how = few_shot_report.rates(outcome)
+    used = ", ".join(dict.fromkeys(f"{text(row['method'])} {row['lr']:g}" for row in rows if row["lr"]))
+    sentence = f"{how[0].upper()}{how[1:]}: {used or 'none used'}."
+    of_family = [
+        f"{method}: {', '.join(f'{key}={str(value).lower()}' for key, value in found.options.items())} ({found.source})"
+        for method, found in outcome.defaults.items()
+    ]
+    if not of_family:
+        return sentence
+    return "\n\n".join([sentence, "Defaults that hold for this family of tasks:", bullets(of_family)])
 
 
 def _world(outcome: Outcome) -> str:
@@ -223,50 +276,24 @@ def _world(outcome: Outcome) -> str:
     for name in sorted({name for world in worlds for name in world}):
         found = list(dict.fromkeys(str(world.get(name)) for world in worlds))
         lines.append(f"{name}: {found[0]}" if len(found) == 1 else f"{name} differs between runs: {' / '.join(found)}")
-    return _list(lines)
-
-
-def _list(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {_text(line)}" for line in lines)
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [
-        _line(head),
-        _line(["---", *("---:" for _ in head[1:])]),
-        *(_line([_text(c) for c in row]) for row in body),
-    ]
-    return "\n".join(lines)
-
-
-def _line(row: Sequence[str]) -> str:
-    return "| " + " | ".join(row) + " |"
-
-
-def _text(value: Any) -> str:
-    """Names and messages are untrusted: nothing in them may become markup or break a table."""
-    escaped = _SPECIAL.sub(r"\\\g<0>", " ".join(str(value).split()))
-    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def _mib(count: int | None) -> str:
-    return "" if count is None else f"{count / _MIB:,.1f}"
-
-
-def _interval(interval: Sequence[float] | None) -> str:
-    return "" if interval is None else f"{100 * interval[0]:.2f} to {100 * interval[1]:.2f}"
+    return bullets(lines)
 
 
 def print_table(rows: Sequence[Row], score_name: str) -> None:
-    """The table on stdout, as wide as it needs to be where stdout is no terminal."""
+    """The table on stdout."""
+    print_columns(columns(score_name, rows), [cells(row) for row in rows])
+
+
+def print_columns(head: Sequence[str], body: Sequence[Sequence[str]]) -> None:
+    """A table on stdout, as wide as it needs to be where stdout is no terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*columns(score_name), box=box.SIMPLE)
-    for row in rows:
-        table.add_row(*map(Text, cells(row)))  # a name is text, never rich's markup
+    grid = Table(*head, box=box.SIMPLE)
+    for row in body:
+        grid.add_row(*map(Text, row))  # a name is text, never rich's markup
     console = Console()
     console = console if console.is_terminal else Console(width=220)
-    console.print(table)
+    console.print(grid)

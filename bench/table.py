@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .compare import Outcome
-from .record import RunRecord, read_predictions
+from .outcome import Outcome, Runs
+from .record import read_predictions
 from .stats import (
     PairedResult,
     bootstrap_interval,
@@ -39,7 +39,10 @@ _PEAKS = (
 
 @dataclass(frozen=True)
 class Compared:
-    """One method against the reference on the same test examples; p_adjusted is Holm's over all of them."""
+    """One method against another on the same test examples; p_adjusted is Holm's over all of them.
+
+    seeds_ci95: Student t over the seeds' differences, each of the two arms of one seed; None with one seed.
+    """
 
     method: str
     against: str
@@ -48,28 +51,48 @@ class Compared:
     p_value: float
     p_adjusted: float
     verdict: str
+    shots: int | None = None
+    seeds_ci95: tuple[float, float] | None = None
 
 
 def rows(outcome: Outcome) -> list[dict[str, Any]]:
-    """One row per method, keys as the command line's contract has them. Scores are fractions, bytes exact."""
-    return [_row(outcome, method, records) for method, records in outcome.records.items()]
+    """One row per method and shots, keys as the command line's contract has them. Scores are fractions, bytes exact."""
+    return [_row(outcome, runs) for runs in outcome.runs]
 
 
 def comparisons(outcome: Outcome) -> list[Compared]:
-    """Every method against the reference by a paired test, adjusted for their number."""
-    scores = {method: _predictions(outcome, method) for method in outcome.records}
-    complete = {method: found for method, found in scores.items() if found is not None}
-    if len(complete) < 2:
-        return []
-    reference = REFERENCE if REFERENCE in complete else next(iter(complete))
-    others = [method for method in complete if method != reference]
-    results = [_tested(outcome, complete[method], complete[reference]) for method in others]
+    """Every method against the reference, and against its twin the one that was pre-trained; at each number of shots.
+
+    By paired tests, adjusted for their number.
+    """
+    pairs: list[tuple[Runs, Runs]] = []
+    for shots in dict.fromkeys(runs.shots for runs in outcome.runs):
+        complete = {runs.method: runs for runs in outcome.runs if runs.shots == shots and _is_complete(runs)}
+        reference = REFERENCE if REFERENCE in complete else next(iter(complete), None)
+        for method, runs in complete.items():
+            against = dict.fromkeys([reference, outcome.twins.get(method)])
+            pairs += [(runs, complete[other]) for other in against if other in complete and other != method]
+    results = [_tested(outcome, _predictions(outcome, one), _predictions(outcome, other)) for one, other in pairs]
     adjusted = holm([result.p_value for result in results])
-    found = []
-    for method, result, p in zip(others, results, adjusted, strict=True):
-        verdict = verdict_of(result.difference, float(p))
-        found.append(Compared(method, reference, result.difference, result.interval, result.p_value, float(p), verdict))
-    return found
+    return [
+        Compared(
+            one.method,
+            other.method,
+            result.difference,
+            result.interval,
+            result.p_value,
+            float(p),
+            verdict_of(result.difference, float(p)),
+            one.shots,
+            t_interval(np.subtract(_scores(one), _scores(other))),
+        )
+        for (one, other), result, p in zip(pairs, results, adjusted, strict=True)
+    ]
+
+
+def gains(outcome: Outcome, compared: Sequence[Compared]) -> list[Compared]:
+    """Of these, what a pre-trained initialisation gains on the method's own, nothing else being different."""
+    return [c for c in compared if outcome.twins.get(c.method) == c.against]
 
 
 def document(
@@ -79,15 +102,18 @@ def document(
     return {
         "table": list(table),
         "comparisons": [asdict(comparison) for comparison in compared],
+        "gains": [asdict(gain) for gain in gains(outcome, compared)],
         "skipped": [{"method": method, "reason": reason} for method, reason in outcome.skipped.items()],
         "examples": dict(outcome.sizes),
+        "few_shot_examples": {shots: dict(sizes) for shots, sizes in outcome.few_shot_sizes.items()},
         "cache": None if outcome.store is None else dict(outcome.store),
         "records": [str(path) for path in outcome.files],
         "report": str(report),
     }
 
 
-def _row(outcome: Outcome, method: str, records: Sequence[RunRecord]) -> dict[str, Any]:
+def _row(outcome: Outcome, runs: Runs) -> dict[str, Any]:
+    method, records = runs.method, runs.records
     kind = str(records[0].asked["kind"])
     measured = [record.measured for record in records if record.measured is not None]
     errors = [record.error for record in records if record.error]
@@ -99,26 +125,38 @@ def _row(outcome: Outcome, method: str, records: Sequence[RunRecord]) -> dict[st
         row[key] = statistics.mean(m[key] for m in measured) if measured else None
     cached = outcome.store is not None and kind != "live"
     row |= {
-        "shots": None,
+        "shots": runs.shots,
         "lr": first.get("lr"),
         "cache_bytes": outcome.store["bytes"] if cached and outcome.store else None,
         "cache_build_seconds": outcome.store["build_seconds"] if cached and outcome.store else None,
         "unavailable": first.get("unavailable") or {},
         "energy_joules_per_step": first.get("energy_joules_per_step"),
         "remarks": first.get("remarks") or {},
+        "initialisation": _initialisation([m["initialisation"] for m in measured if m.get("initialisation")]),
     }
     if measured and not errors:
         values = [float(m["score"]) for m in measured]
-        predictions = _predictions(outcome, method)
+        predictions = _predictions(outcome, runs)
         row["score"] = {
             "name": outcome.score_name,
             "mean": statistics.mean(values),
             "ci95": _list(t_interval(values)),
-            "test_ci95": None if predictions is None else _list(_interval(outcome, *predictions)),
+            "test_ci95": _list(_interval(outcome, *predictions)),
             "values": values,
             "parts": _parts(measured),
         }
     return row
+
+
+def _initialisation(found: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What finding squared gradients took: seconds as a mean over seeds, the peak of the largest."""
+    if not found:
+        return None
+    return {
+        "examples": found[0]["examples"],
+        "seconds": statistics.mean(one["seconds"] for one in found),
+        "peak_tracked_bytes": _largest(found, "peak_tracked_bytes"),
+    }
 
 
 def _parts(measured: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -148,25 +186,19 @@ def _draws(score: Score) -> int:
     return 2_000 if score.of_numbers else 10_000
 
 
-def _predictions(outcome: Outcome, method: str) -> tuple[Numbers, Numbers] | None:
-    """(seeds, N) what is scored per test example, and the targets (N,); None when a run of the method failed."""
-    score, found = score_named(outcome.score_name), []
-    targets = np.empty(0)
-    for record, path in zip(outcome.records[method], _files_of(outcome, method), strict=True):
-        if record.measured is None:
-            return None
-        logits, targets = read_predictions(path.with_suffix(".npz"))
-        found.append(score.read(logits))
-    return np.stack(found), targets.astype(np.float64)
+def _predictions(outcome: Outcome, runs: Runs) -> tuple[Numbers, Numbers]:
+    """(seeds, N) what is scored per test example, and the targets (N,), of runs that are complete."""
+    score = score_named(outcome.score_name)
+    read = [read_predictions(path.with_suffix(".npz")) for path in runs.files]
+    return np.stack([score.read(logits) for logits, _ in read]), read[-1][1].astype(np.float64)
 
 
-def _files_of(outcome: Outcome, method: str) -> list[Path]:
-    start = 0
-    for name, records in outcome.records.items():
-        if name == method:
-            return list(outcome.files[start : start + len(records)])
-        start += len(records)
-    raise KeyError(method)
+def _is_complete(runs: Runs) -> bool:
+    return all(record.measured is not None for record in runs.records)
+
+
+def _scores(runs: Runs) -> list[float]:
+    return [float(record.measured["score"]) for record in runs.records if record.measured is not None]
 
 
 def _largest(measured: Sequence[Mapping[str, Any]], key: str) -> int | None:

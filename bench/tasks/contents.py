@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...cache.errors import SidebenchError
-from ...cache.examples import Text
+from ...cache.examples import Examples, Text
 from .images import load_image
 
 if TYPE_CHECKING:
@@ -75,6 +75,25 @@ class ImageExamples:
     def content_sha256(self) -> str:
         """Hash over ids, bytes of the image files, class names and targets in order."""
         return _content_hash(self.modality, self.ids, self.targets, self.classes, file_hashes(self.paths, self.memo))
+
+
+def example_hashes(examples: Examples, size: int) -> NDArray[np.uint8]:
+    """(N, size) first bytes of each example's own sha256: of its file, or its UTF-8 text (of both, of a pair).
+
+    Neither ids nor labels are in it, so the same example is found in another task.
+    """
+    if isinstance(examples, ImageExamples):
+        digests = [bytes.fromhex(digest) for digest in file_hashes(examples.paths, examples.memo)]
+    else:
+        assert isinstance(examples, TextExamples)
+        digests = [_text_digest(text) for text in examples.texts]
+    return np.array([list(digest[:size]) for digest in digests], dtype=np.uint8).reshape(-1, size)
+
+
+def _text_digest(text: Text) -> bytes:
+    if isinstance(text, str):
+        return hashlib.sha256(text.encode("utf-8")).digest()
+    return hashlib.sha256(b"".join(map(_text_digest, text))).digest()
 
 
 def file_hashes(paths: Iterable[Path], memo: Path) -> list[str]:
