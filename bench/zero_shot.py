@@ -1,0 +1,87 @@
+"""A control of pre-training: network and source head as they are, on the test part of a task with the same classes.
+
+Measured once, after training, printed beside the result and used for no choice.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters._base import Method
+from ..adapters._pretrained import HASH_BYTES
+from ..cache.build import CaptureOptions, Progress
+from ..cache.errors import SidebenchError
+from ..cache.zarr_store import ZarrStore
+from .assemble import Assembled, backbone_of
+from .initial import layers_read
+from .learner import CachedSource, LiveSource, Source
+from .prepare import Prepared, Say, plan_store, store_for
+from .record import Job
+from .tasks.base import Task
+from .tasks.contents import example_hashes
+from .tasks.load import load_task
+from .tasks.split import split as split_task
+from .training import Settings, predict, score_of
+
+
+@dataclass(frozen=True)
+class Control:
+    """The other task, and where its activations are."""
+
+    task: Task
+    store: Path | None  # None: of a live method
+
+    def tried(self, made: Assembled, job: Job, settings: Settings, seen: Tensor) -> dict[str, Any]:
+        """The source head's score there, and how many of these test examples are among those hashed in `seen`."""
+        test = split_task(self.task, job.split_seed).test
+        known = {bytes(row) for row in seen.numpy()}
+        hashes = example_hashes(self.task.examples, HASH_BYTES)[test]
+        targets = torch.from_numpy(job.targets(self.task.examples.targets[test]))
+        outputs = predict(made.learner, self._source(made.source, job), test, settings)
+        return {
+            "task": self.task.uri,
+            "score": score_of(job.score, outputs, targets),
+            "name": job.score,
+            "examples": len(test),
+            "seen": sum(bytes(row) in known for row in hashes),
+        }
+
+    def _source(self, source: Source, job: Job) -> Source:
+        if self.store is None:
+            return LiveSource(backbone_of(job, torch.device(job.device)), self.task)
+        assert isinstance(source, CachedSource)
+        store = ZarrStore(self.store)
+        return replace(source, store=store, tokens=store.lengths(), views=0)
+
+
+def control_of(
+    uri: str | None,
+    prepared: Prepared,
+    method: Method,
+    capture: CaptureOptions,
+    home: Path,
+    say: Say,
+    progress: Progress,
+) -> Control | None:
+    """Load the other task, and find or build its cache where the method reads one.
+
+    Raises SidebenchError unless its classes have the names of the source's, in one order.
+    """
+    if uri is None:
+        return None
+    source, task = prepared.task, load_task(uri, home=home, say=say)
+    if source.values is not None or task.classes != source.classes or task.score_name != source.score_name:
+        foreign = sorted({*task.classes} ^ {*source.classes})[:4]
+        raise SidebenchError(
+            f"--zero-shot {uri} wants the classes and the score of {source.uri}"
+            + (f"; only one of them has {', '.join(map(repr, foreign))}." if foreign else ".")
+        )
+    layers = layers_read(method, prepared.arch)
+    if not layers:
+        return Control(task, None)
+    there = Prepared(replace(prepared.inputs, task=uri, limit=None), prepared.backbone, task, prepared.cache_dir)
+    planned = plan_store(there, replace(capture, views=0))
+    return Control(task, store_for(there, planned, layers, may_build=True, progress=progress, say=say).folder)
