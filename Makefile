@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint methods bench clean
+.PHONY: demo test test-all lint methods bench pvp clean
 
 demo: .venv/installed
 	$(BIN)/bench cache build --backbone sample:minilm-l6 --task sample:tweets --limit 800
@@ -28,6 +28,15 @@ methods: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/run.py
+
+# PVP: pre-train prompts and low-rank updates on one task, then tune them on few examples of another. docs/pvp.md
+TARGET ?= digits
+PVP := --backbone sample:dinov2-small --image-size 56
+pvp: .venv/installed
+	$(BIN)/bench pretrain $(PVP) --task sample:mnist-5k --method vpt --epochs 1 --zero-shot sample:digits --out runs/pvp/vpt.safetensors
+	$(BIN)/bench pretrain $(PVP) --task sample:mnist-5k --method lora --epochs 1 --zero-shot sample:digits --out runs/pvp/lora.safetensors
+	$(BIN)/bench compare $(PVP) --task sample:$(TARGET) --shots 1,2,4,8,16 --seeds 0,1,2 --steps 40 --batch-size 16 --lr auto \
+		--methods linear_probe,vpt,vpt@runs/pvp/vpt.safetensors,lora,lora@runs/pvp/lora.safetensors
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from sidebench.cache.backbone import Architecture
+from sidebench.cache.architecture import Architecture
 
 Array = NDArray[np.float64]
 

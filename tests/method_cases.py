@@ -46,8 +46,8 @@ def _choices(name: str) -> Iterator[Case]:
     config_class = find_method(name).cls.Config
     hints = get_type_hints(config_class)
     for field in fields(config_class):
-        if field.name in ("checkpointing", "optimizer"):
-            continue  # of every live method: tests/test_live_options.py
+        if field.name in ("checkpointing", "optimizer", "schedule"):
+            continue  # of all methods alike: tests/test_live_options.py, tests/test_families.py
         hint = hints[field.name]
         values = get_args(hint) if get_origin(hint) is Literal else ("true", "false") if hint is bool else ()
         for value in values:

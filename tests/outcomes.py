@@ -1,16 +1,20 @@
 """Tiny tasks on disk, and outcomes of comparisons made by hand, for the tests of tables, reports and commands."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import toys
 
-from sidebench.bench.compare import Outcome, Request
+from sidebench.bench import worker
+from sidebench.bench.assemble import Shared
+from sidebench.bench.launch import Listener
+from sidebench.bench.outcome import Outcome, Request, Runs
 from sidebench.bench.prepare import Inputs
-from sidebench.bench.record import RunRecord, write_predictions
+from sidebench.bench.record import Job, RunRecord, write_predictions
+from sidebench.cache.errors import SidebenchError
 
 MEASURED: Mapping[str, Any] = {
     "trainable_params": 1234,
@@ -31,6 +35,25 @@ MEASURED: Mapping[str, Any] = {
     "lr": 0.001,
 }
 CATEGORIES = tuple(MEASURED["memory_by_category"])
+
+
+def here(job: Job, folder: Path, listener: Listener, shared: Shared | None = None) -> str | None:
+    """Run a job in this process; the sentence that says how it failed, or None."""
+    try:
+        worker.run(job, folder, shared or Shared())
+    except SidebenchError as error:
+        return str(error)
+    return None
+
+
+def spawning(run: Callable[..., str | None] | None = None) -> Callable[..., list[str | None]]:
+    """What takes the place of `launch.spawn`: runs each job by `run` (job, folder, listener), or here, in turn."""
+
+    def spawn(jobs: Sequence[Job], folder: Path, listener: Listener) -> list[str | None]:
+        shared = Shared()
+        return [run(job, folder, listener) if run else here(job, folder, listener, shared) for job in jobs]
+
+    return spawn
 
 
 def write_texts(path: Path, count: int = 60, *, parts: bool = False) -> str:
@@ -74,4 +97,8 @@ def make_outcome(
             records[method].append(RunRecord(asked, measured, {"python": "3"}))
     request = Request(Inputs("hf:toy", "jsonl:toy"), tuple(right), {}, seeds=tuple(range(seeds)))
     sizes = {"train": 80, "val": 10, "test": examples}
-    return Outcome(request, folder, records, files, {}, sizes, "accuracy", None)
+    runs = [
+        Runs(method, None, found, files[number * seeds : (number + 1) * seeds])
+        for number, (method, found) in enumerate(records.items())
+    ]
+    return Outcome(request, folder, runs, {}, sizes, "accuracy", None)

@@ -15,11 +15,13 @@ from toys import load, make_images, save_t5
 
 from sidebench.adapters._base import Batch, Body, LiveMethod, trained
 from sidebench.adapters._registry import find_method
+from sidebench.bench.choice import refusal
 from sidebench.bench.fake_building import building
 from sidebench.cache.backbone import Backbone
 from sidebench.cache.block_weights import block_modules
 from sidebench.cache.configs import config_backbone, fake_mode, without_weights
 from sidebench.cache.errors import SidebenchError
+from sidebench.cache.form import Form
 from sidebench.cache.suffix import Suffix
 
 WIDTH, HEADS, BLOCKS, MLP = 32, 4, 2, 64
@@ -513,7 +515,7 @@ def test_what_has_no_place_for_it_is_refused_before_anything_runs(name: str, tin
     assert method.refusal(arch) is None
     assert "attention blocks" in str(method.refusal(dataclasses.replace(arch, mlp_width=None)))
     assert "attention blocks" in str(method.refusal(dataclasses.replace(arch, blocks=0)))
-    with_decoder = method.refusal(dataclasses.replace(arch, decoder_blocks=2))
+    with_decoder = refusal(method, dataclasses.replace(arch, decoder_blocks=2), Form())
     assert with_decoder is None if name == "dora" else "the encoder alone" in str(with_decoder)
 
 

@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from loops import Row, dot, layer_norm, linear
 from method_cases import random_states
 from torch import Tensor
 
 from sidebench.adapters._base import Batch
 from sidebench.adapters.attentive_probe import AttentiveProbe, Config, Queries
-from sidebench.cache.backbone import Architecture
+from sidebench.cache.architecture import Architecture
 
 ARCH = Architecture("Toy", "text", blocks=2, width=8, prefix_tokens=0, final_layer="norm", heads=4)
 WIDTH, HEADS = 8, 4
@@ -28,31 +29,19 @@ def shaken(queries: int, heads: int = HEADS) -> Queries:
     return body
 
 
-def dot(a: list[float], b: list[float]) -> float:
-    return sum(x * y for x, y in zip(a, b, strict=True))
-
-
-def times(weight: list[list[float]], x: list[float]) -> list[float]:
-    return [dot(row, x) for row in weight]
-
-
-def naive(body: Queries, tokens: list[list[float]]) -> list[float]:
+def naive(body: Queries, tokens: list[Row]) -> Row:
     """The real tokens of one example, T rows of D -> k D numbers."""
-    keys = [times(body.key.weight.tolist(), token) for token in tokens]
-    values = [times(body.value.weight.tolist(), token) for token in tokens]
+    keys, values = ([linear(layer, token) for token in tokens] for layer in (body.key, body.value))
     size = WIDTH // body.heads
-    scale, shift = body.norm.weight.tolist(), body.norm.bias.tolist()
-    out: list[float] = []
+    out: Row = []
     for query in body.query.tolist():
-        gathered: list[float] = []
+        gathered: Row = []
         for head in range(body.heads):
             own = slice(head * size, (head + 1) * size)
             exps = [math.exp(dot(query[own], key[own]) / math.sqrt(size)) for key in keys]
             columns = zip(*(value[own] for value in values), strict=True)
             gathered += [dot([e / sum(exps) for e in exps], list(column)) for column in columns]
-        mean = sum(gathered) / WIDTH
-        deviation = math.sqrt(sum((v - mean) ** 2 for v in gathered) / WIDTH + body.norm.eps)
-        out += [(v - mean) / deviation * s + b for v, s, b in zip(gathered, scale, shift, strict=True)]
+        out += layer_norm(body.norm, gathered)
     return out
 
 

@@ -15,13 +15,12 @@ from typing import Any
 import pytest
 import toys
 import typer
-from outcomes import write_texts
+from outcomes import here, spawning, write_texts
 from typer.testing import CliRunner
 
 from sidebench.bench import choice, worker
 from sidebench.bench import launch as launching
 from sidebench.bench import prepare as preparing
-from sidebench.cache.errors import SidebenchError
 from sidebench.cli import app
 
 Bench = Callable[..., Any]
@@ -436,14 +435,12 @@ def _runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs the jobs of a comparison in this process."""
 
     def run(job: Any, folder: Path, listener: Any) -> str | None:
-        try:
-            worker.run(job, folder)
-        except SidebenchError as error:
-            listener.run_event(job, {"event": "failed", "message": str(error)})
-            return str(error)
-        return None
+        error = here(job, folder, listener)
+        if error is not None:
+            listener.run_event(job, {"event": "failed", "message": error})
+        return error
 
-    monkeypatch.setattr(launching, "spawn", run)
+    monkeypatch.setattr(launching, "spawn", spawning(run))
     monkeypatch.setattr(worker, "emit", lambda *_, **__: None)
 
 

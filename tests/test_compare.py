@@ -16,21 +16,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from outcomes import CATEGORIES, write_texts
+from outcomes import CATEGORIES, here, spawning, write_texts
 
 from sidebench.bench import choice, training, worker
 from sidebench.bench import compare as comparing
 from sidebench.bench import launch as launching
-from sidebench.bench.compare import Outcome, Request, compare, learning_rates
+from sidebench.bench.compare import compare
+from sidebench.bench.jobs import learning_rates
 from sidebench.bench.launch import Listener
+from sidebench.bench.outcome import Outcome, Request
 from sidebench.bench.prepare import Inputs
-from sidebench.bench.record import Job, read_predictions, read_record, write_json
+from sidebench.bench.record import Job, read_predictions, read_record, read_split, split_name, trial_path, write_json
 from sidebench.bench.table import comparisons, document, rows
-from sidebench.bench.worker import SPLIT, read_split, trial_path
 from sidebench.cache.build import CaptureOptions
 from sidebench.cache.errors import SidebenchError
 from sidebench.cache.store import Index
 
+SPLIT = split_name(None, 0)
 QUICK = {"linear_probe": {"candidates": "2", "max_iterations": "60"}}
 METHOD_FILE = '''
 import os, signal, sys, time
@@ -103,7 +105,7 @@ def finished(place: Path, request_for: Callable[..., Request]) -> tuple[Request,
         patch.setenv("OMP_NUM_THREADS", "1")  # as in this process, so that numbers can be compared bit for bit
         request = request_for("linear_probe", "unipt", "bitfit", seeds=(0, 1))
         _compare(dataclasses.replace(request, seeds=(0,)), place)
-        patch.setattr(launching, "spawn", _run_here([]))
+        patch.setattr(launching, "spawn", spawning())
         return request, _compare(request, place)
 
 
@@ -111,7 +113,7 @@ def finished(place: Path, request_for: Callable[..., Request]) -> tuple[Request,
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """Runs jobs in this process instead of in workers, and lists those that were started."""
     jobs: list[Job] = []
-    monkeypatch.setattr(launching, "spawn", _run_here(jobs))
+    monkeypatch.setattr(launching, "spawn", spawning(_run_here(jobs)))
     return jobs
 
 
@@ -119,11 +121,7 @@ def _run_here(jobs: list[Job]) -> Callable[[Job, Path, Listener], str | None]:
     def run(job: Job, folder: Path, listener: Listener) -> str | None:
         jobs.append(job)
         listener.run_event(job, {"event": "started"})
-        try:
-            worker.run(job, folder)
-        except SidebenchError as error:
-            return str(error)
-        return None
+        return here(job, folder, listener)
 
     return run
 
@@ -158,7 +156,7 @@ def test_every_row_has_the_keys_of_the_contract(finished: tuple[Request, Outcome
         assert row["eval_seconds"] > 0
         assert row["examples_per_second"] > 0
         missing = {key for key, value in row.items() if value is None}
-        does_not_apply = {"error", "shots", "lr", "cache_bytes", "cache_build_seconds"}
+        does_not_apply = {"error", "shots", "lr", "cache_bytes", "cache_build_seconds", "initialisation"}
         assert missing - does_not_apply <= set(row["unavailable"])
 
 
@@ -329,12 +327,12 @@ def test_seeds_differ_in_what_they_predict(finished: tuple[Request, Outcome]) ->
 # The learning rate
 
 
-def _fake_trials(scores: Mapping[tuple[float, int], float | None]) -> Callable[[Job, Path, Listener], None]:
+def _fake_trials(scores: Mapping[tuple[float, int], float | None]) -> Callable[[Job, Path, Listener], str | None]:
     """A worker whose trials have these validation scores by (learning rate, seed)."""
 
-    def run(job: Job, folder: Path, listener: Listener) -> None:
+    def run(job: Job, folder: Path, listener: Listener) -> str | None:
         if len(job.lrs) == 1:
-            return worker.run(job, folder)
+            return here(job, folder, listener)
         for lr in job.lrs:
             write_json(trial_path(folder, job, lr), {"lr": lr, "val_score": scores[lr, job.seed]})
         return None
@@ -359,7 +357,7 @@ def test_the_rate_is_the_best_mean_on_validation_and_the_same_for_all_seeds(
     request_for: Callable[..., Request],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(launching, "spawn", _fake_trials(scores))
+    monkeypatch.setattr(launching, "spawn", spawning(_fake_trials(scores)))
     outcome = _compare(request_for("unipt", lr="0.01,0.001", seeds=(0, 1), epochs=1), place, runs=str(tmp_path))
     assert [record.measured and record.measured["lr"] for record in outcome.records["unipt"]] == [best, best]
 

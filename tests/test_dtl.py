@@ -9,15 +9,16 @@ import math
 import pytest
 import torch
 from method_cases import batch_of, build
-from test_suffix import inputs_of, tiny_t5
+from restarts import batch_for, bytes_kept, deep_backbones
 from torch import Tensor, nn
-from toys import load, make_images, save_bert, save_vit
+from toys import make_images
 
 from sidebench.adapters._base import Batch, trained
 from sidebench.adapters.dtl import DTL, CompactSide, Config, ConvolvedSide, WrittenBack
-from sidebench.cache.backbone import Architecture, Backbone
+from sidebench.cache.architecture import Architecture
+from sidebench.cache.backbone import Backbone
 from sidebench.cache.errors import SidebenchError
-from sidebench.cache.suffix import ENTERING, MASK, Suffix, entering_layer
+from sidebench.cache.suffix import ENTERING, MASK, Suffix
 
 VIT_B = Architecture(
     "ViT-B", "image", blocks=12, width=768, prefix_tokens=1, final_layer="norm", heads=12, mlp_width=3072, norm="pre"
@@ -27,11 +28,7 @@ Rows = list[list[float]]
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Backbone]:
-    """Six blocks, a ViT's and BERT's, and T5's three."""
-    folder = tmp_path_factory.mktemp("deep")
-    vit = load(save_vit(folder / "vit", num_hidden_layers=6))
-    bert = load(save_bert(folder / "bert", num_hidden_layers=6))
-    return {"vit": vit, "bert": bert, "t5": tiny_t5()}
+    return deep_backbones(tmp_path_factory.mktemp("deep"), 6)
 
 
 def moved(body: nn.Module) -> None:
@@ -40,15 +37,6 @@ def moved(body: nn.Module) -> None:
     with torch.no_grad():
         for parameter in trained(body).values():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-
-
-def batch_for(whole: Backbone, method: DTL) -> tuple[dict[str, Tensor], Batch]:
-    """Inputs of the whole network, and what the method sees of them; the first text is padded."""
-    inputs, mask = inputs_of(whole)
-    states = whole.capture(inputs, method.layers(whole.arch))
-    real = torch.ones(next(iter(states.values())).shape[:2], dtype=torch.bool) if mask is None else mask
-    states = {layer: (state * real[..., None]).clone() for layer, state in states.items()}
-    return inputs, Batch(real, states).entering(entering_layer(method.first_block(whole.arch)))
 
 
 def theta(e: float, beta: float) -> float:
@@ -223,21 +211,6 @@ def test_hooks_go_when_the_forward_fails(deep: dict[str, Backbone]) -> None:
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in body.modules()) == hooks
 
 
-def kept_for_backward(body: nn.Module, batch: Batch) -> dict[int, int]:
-    """Bytes by address of every storage that autograd keeps, the body's own and the batch's left out."""
-    own = {t.untyped_storage().data_ptr() for t in (*body.parameters(), *batch.activations.values(), batch.mask)}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        body(batch)
-    return kept
-
-
 def test_a_frozen_block_costs_backward_its_note_alone(deep: dict[str, Backbone]) -> None:
     """Six blocks against two, two written to in both: four more frozen states, of which r numbers a token are kept."""
     whole = deep["vit"]
@@ -248,12 +221,12 @@ def test_a_frozen_block_costs_backward_its_note_alone(deep: dict[str, Backbone])
     early = body.first  # type: ignore[union-attr]
     with torch.no_grad():
         state = batch.state("embeddings")
-    kept = kept_for_backward(body, batch)
+    kept = bytes_kept(body, batch)
     body.first = 1  # type: ignore[union-attr]
     body.states = (body.states[0], body.states[early])  # type: ignore[union-attr]
-    fewer = kept_for_backward(body, batch)
+    fewer = bytes_kept(body, batch)
     a_note = state.shape[0] * state.shape[1] * 2 * 4
-    assert 0 < sum(kept.values()) - sum(fewer.values()) <= 4 * (early - 1) * a_note
+    assert 0 < kept - fewer <= 4 * (early - 1) * a_note
     assert 4 * (early - 1) * a_note < (early - 1) * state.nbytes
 
 

@@ -12,7 +12,8 @@ from toys import ToyExamples, build_store, load
 from sidebench.adapters._base import LiveMethod, trained
 from sidebench.adapters._registry import find_method
 from sidebench.bench.choice import refusal
-from sidebench.bench.compare import Outcome, Request, compare
+from sidebench.bench.compare import compare
+from sidebench.bench.outcome import Outcome, Request
 from sidebench.bench.prepare import Inputs
 from sidebench.cache.backbone import Backbone
 from sidebench.cache.configs import config_backbone
@@ -76,10 +77,11 @@ def test_a_network_of_one_stack_keeps_the_digest_it_had(
     tiny_bert: Backbone, tiny_t5: Backbone, text_examples: ToyExamples, tmp_path: Path
 ) -> None:
     """Facts that came later are said only where there are any."""
-    later = {"stages", "decoder_blocks", "t5_blocks"}
-    for backbone, said in ((tiny_bert, set()), (tiny_t5, {"decoder_blocks", "t5_blocks"})):
+    later = {"stages", "decoder_blocks", "t5_blocks", "biasless"}
+    for backbone, said in ((tiny_bert, set()), (tiny_t5, {"decoder_blocks", "t5_blocks", "biasless"})):
         store = ZarrStore(build_store(backbone, text_examples, tmp_path / backbone.arch.name).folder)
         assert later & set(store.manifest.facts()["architecture"]) == said
+        assert store.architecture == backbone.arch
 
 
 def test_lora_enters_self_and_cross_attention_of_both_stacks(tiny_t5: Backbone) -> None:
@@ -90,11 +92,22 @@ def test_lora_enters_self_and_cross_attention_of_both_stacks(tiny_t5: Backbone) 
     assert {name.split(".")[1] for name in names} == {"encoder", "decoder"}
 
 
-@pytest.mark.parametrize("name", ["lora@last1", "vqt", "head2toe"])
+ONE_STACK = ("lora@last1", "partial", "dtl", "sherl", "vqt", "head2toe")
+ONE_STACK += ("houlsby", "pfeiffer", "adaptformer", "prefix_tuning", "ssf", "vpt")
+
+
+@pytest.mark.parametrize("name", ONE_STACK)
 def test_a_method_made_for_one_stack_says_so(tiny_t5: Backbone, name: str) -> None:
     said = refusal(find_method(name).configured({}), tiny_t5.arch, Form())
-    assert said is not None
-    assert "two" in said
+    assert "it is made for one stack of blocks, T5Model has two" in str(said)
+
+
+@pytest.mark.parametrize("name", ["bitfit", "bitfit@last1"])
+def test_bitfit_is_refused_before_anything_runs(models: Path, tiny_t5: Backbone, name: str) -> None:
+    for backbone in (tiny_t5, load(models / "t5"), config_backbone("t5-base")):
+        assert backbone.arch.biasless
+        assert refusal(find_method(name).configured({}), backbone.arch, Form()) is not None
+    assert "depends on no bias" in str(refusal(find_method("bitfit").configured({}), tiny_t5.arch, Form()))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ from toys import ToyExamples, make_images
 import sidebench.adapters
 from sidebench.adapters._base import Batch, CachedMethod, FittedMethod, LiveMethod, Method, TrainingConfig, trained
 from sidebench.adapters._registry import describe, find_method, known_methods
-from sidebench.cache.backbone import Architecture, Backbone
+from sidebench.cache.architecture import Architecture
+from sidebench.cache.backbone import Backbone
 from sidebench.cache.block_weights import BackboneWeights, BlockWeights
 from sidebench.cache.errors import SidebenchError
 from sidebench.cache.preprocess import ImagePreprocess, PlainImageProcessor

@@ -24,16 +24,15 @@ import toys
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
-from outcomes import write_texts
+from outcomes import spawning, write_texts
 from typer.testing import CliRunner
 
 from sidebench.bench import launch as launching
-from sidebench.bench import worker
-from sidebench.bench.compare import Outcome, Request, compare
+from sidebench.bench.compare import compare
 from sidebench.bench.importing import import_hdf5
-from sidebench.bench.launch import Listener
+from sidebench.bench.outcome import Outcome, Request
 from sidebench.bench.prepare import Inputs
-from sidebench.bench.record import Job, read_predictions
+from sidebench.bench.record import read_predictions
 from sidebench.bench.report import markdown
 from sidebench.bench.table import comparisons, rows
 from sidebench.cache import layout, memory_store, planning
@@ -638,14 +637,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compared(place: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
     """Compares in this process; the options are those of the capture and, by their names, of the request."""
 
-    def spawn(job: Job, folder: Path, listener: Listener) -> str | None:
-        try:
-            worker.run(job, folder)
-        except SidebenchError as error:
-            return str(error)
-        return None
-
-    monkeypatch.setattr(launching, "spawn", spawn)
+    monkeypatch.setattr(launching, "spawn", spawning())
 
     def run(*methods: str, tier: Any = "auto", **capture: Any) -> Outcome:
         inputs = Inputs(f"hf:{models / 'bert'}", f"jsonl:{place / 'texts.jsonl'}", device="cpu")

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 import toys
+from outcomes import here, spawning
 from scipy import stats as scipy_stats
 
 from sidebench.adapters._base import task_loss
 from sidebench.adapters.linear_probe import Config, LinearProbe
 from sidebench.bench import launch as launching
-from sidebench.bench import worker
-from sidebench.bench.compare import Request, compare
+from sidebench.bench.compare import compare
 from sidebench.bench.launch import Listener
+from sidebench.bench.outcome import Request
 from sidebench.bench.prepare import Inputs
 from sidebench.bench.record import Job, read_predictions, read_record
 from sidebench.bench.report import columns, markdown, verdicts
@@ -386,10 +387,9 @@ def test_a_solver_chooses_by_the_score_it_is_given() -> None:
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(job: Job, folder: Path, listener: Listener) -> str | None:
         kept = json.loads(json.dumps(dataclasses.asdict(job)))  # as a worker reads it
-        worker.run(Job(**{**kept, "lrs": tuple(kept["lrs"])}), folder)
-        return None
+        return here(Job(**{**kept, "lrs": tuple(kept["lrs"])}), folder, listener)
 
-    monkeypatch.setattr(launching, "spawn", run)
+    monkeypatch.setattr(launching, "spawn", spawning(run))
 
 
 METHODS = ("linear_probe", "unipt", "bitfit")
@@ -438,7 +438,7 @@ def test_a_task_is_compared_from_its_files_to_the_report(name: str, tmp_path: Pa
             assert row["predicted_peak_bytes"] == row["peak_tracked_bytes"]
     assert [c.method for c in compared] == ["unipt", "bitfit"]
     report = markdown(outcome, table, compared)
-    assert " | ".join(columns(SCORES.get(name, "accuracy"))) in report
+    assert " | ".join(columns(SCORES.get(name, "accuracy"), rows(outcome))) in report
     assert ("F1" in report) == (name == "mrpc")
     assert all(("sign-flip" in sentence) == (name == "mnli") for sentence in verdicts(outcome, compared))
 

@@ -18,12 +18,12 @@ from toys import load, save_vit
 
 from sidebench.adapters._base import Batch, CachedMethod, LiveMethod
 from sidebench.adapters._registry import find_method
+from sidebench.bench.assemble import seeded
 from sidebench.bench.device_memory import DeviceMeter
 from sidebench.bench.learner import Learner
 from sidebench.bench.measure import measure_training
 from sidebench.bench.predict import Step, kept_shapes, predict
 from sidebench.bench.training import Settings
-from sidebench.bench.worker import seeded
 from sidebench.cache.backbone import Backbone
 from sidebench.cache.form import Form
 

@@ -15,15 +15,14 @@ import torch
 import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from outcomes import write_texts
+from outcomes import spawning, write_texts
 from typer.testing import CliRunner
 
 from sidebench.bench import launch as launching
-from sidebench.bench import worker
-from sidebench.bench.compare import Outcome, Request, compare
+from sidebench.bench.compare import compare
 from sidebench.bench.importing import import_hdf5
+from sidebench.bench.outcome import Outcome, Request
 from sidebench.bench.prepare import Inputs, plan_store, prepare
-from sidebench.bench.record import Job
 from sidebench.bench.report import markdown
 from sidebench.bench.table import comparisons
 from sidebench.bench.table import rows as table_rows
@@ -556,14 +555,7 @@ def test_no_file_no_task_no_name(write: Write, bring: Import, tmp_path: Path) ->
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs happen in this process."""
 
-    def run(job: Job, folder: Path, listener: Any) -> str | None:
-        try:
-            worker.run(job, folder)
-        except SidebenchError as error:
-            return str(error)
-        return None
-
-    monkeypatch.setattr(launching, "spawn", run)
+    monkeypatch.setattr(launching, "spawn", spawning())
 
 
 def _compare(place: Path, task: str, *methods: str, **changes: Any) -> Outcome:

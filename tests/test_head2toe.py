@@ -5,18 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from outcomes import write_texts
+from outcomes import spawning, write_texts
 from torch import Tensor
 
 from sidebench.adapters.head2toe import Config, Head, Head2Toe, count, from_zero
 from sidebench.bench import launch as launching
-from sidebench.bench import worker
-from sidebench.bench.compare import Request, compare
+from sidebench.bench.compare import compare
 from sidebench.bench.device_memory import DeviceMeter
 from sidebench.bench.measure import measure_fit
+from sidebench.bench.outcome import Request
 from sidebench.bench.predict_fit import predict_fit
 from sidebench.bench.prepare import Inputs
-from sidebench.cache.backbone import Architecture
+from sidebench.cache.architecture import Architecture
 
 Rows = list[list[float]]
 ARCH = Architecture("Toy", "text", blocks=2, width=6, prefix_tokens=0, final_layer="norm")
@@ -85,6 +85,8 @@ def test_both_stages_equal_the_formulas(lasso: float) -> None:
     Head2Toe(config)._descend(linear, features, targets, lasso)
     torch.testing.assert_close(linear.weight.mT, torch.tensor(weight, dtype=torch.float64), atol=1e-6, rtol=1e-6)
     scores = [sum(w * w for w in group) for group in weight]
+    ranked = Head2Toe(config)._ranked(features, targets, 3)
+    assert ranked.tolist() == sorted(range(10), key=lambda i: -scores[i])
     kept = sorted(sorted(range(10), key=lambda i: -scores[i])[:3])
     assert head.kept.tolist() == kept
     fresh, bias = naive_descent([[row[i] for i in kept] for row in x], y, 3, 0.05, 12, 0.0)
@@ -114,6 +116,19 @@ def test_the_share_is_the_best_on_validation() -> None:
     assert chosen["val_score"] == max(scores.values()) == scores[chosen["fraction"]]
 
 
+def test_of_shares_that_score_alike_the_one_with_the_smallest_loss_is_taken() -> None:
+    train, val = toy(40), toy(12, seed=1)
+    config = Config(smallest_fraction=0.2, largest_fraction=1.0, candidates=4, steps=40)
+    _, chosen = Head2Toe(config).fit(train, val, 3)
+    losses = {}
+    for fraction in Head2Toe(config)._grid():
+        alone, found = Head2Toe(Config(largest_fraction=fraction, candidates=1, steps=40)).fit(train, val, 3)
+        if found["val_score"] == chosen["val_score"]:
+            losses[fraction] = float(torch.nn.functional.cross_entropy(alone(val[0]), val[1]).detach())
+    assert len(losses) == 3
+    assert chosen["fraction"] == min(losses, key=lambda fraction: losses[fraction]) == sorted(losses)[1]
+
+
 def test_validation_chooses_but_does_not_teach() -> None:
     train, val = toy(40), toy(20, seed=1)
     one_share = Head2Toe(Config(candidates=1))
@@ -129,6 +144,7 @@ def test_the_shares_tried_run_from_the_largest_to_the_smallest() -> None:
 
 def test_a_share_is_one_feature_at_least() -> None:
     assert [count(fraction, 40) for fraction in (1.0, 0.2, 0.01, 1e-9)] == [40, 8, 1, 1]
+    assert [count(0.2, width) for width in (7, 8)] == [1, 2]  # 1.4 and 1.6: the nearest number
 
 
 def test_the_count_is_m_k_plus_k() -> None:
@@ -185,7 +201,7 @@ def test_a_task_of_numbers_is_fitted_and_predicted() -> None:
 def test_a_comparison_stores_and_reads_the_rows_of_every_state(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launching, "spawn", lambda job, folder, _: worker.run(job, folder))
+    monkeypatch.setattr(launching, "spawn", spawning())
     write_texts(tmp_path / "reviews.jsonl", 60)
     inputs = Inputs(f"hf:{models / 'bert'}", f"jsonl:{tmp_path / 'reviews.jsonl'}", device="cpu")
     request = Request(inputs, ("head2toe",), {"head2toe": {"steps": "5"}}, seeds=(0,))
@@ -213,6 +229,14 @@ def test_the_brief_form_takes_the_memory_of_the_whole() -> None:
         for m in (method, Whole(method.config))
     )
     assert brief == whole
+
+
+def test_the_brief_form_tries_the_largest_share_alone_for_three_steps_at_most() -> None:
+    brief = Head2Toe(Config(lasso=0.5, largest_fraction=0.3)).brief()
+    assert brief.config == Config(lasso=0.5, largest_fraction=0.3, candidates=1, steps=3)
+    assert Head2Toe(Config(steps=2)).brief().config.steps == 2
+    _, chosen = brief.fit(toy(), toy(), 3)
+    assert (chosen["fraction"], chosen["features_kept"]) == (0.3, brief.kept(10)) == (0.3, 3)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from sidebench.adapters.lst import Ladder
 from sidebench.adapters.sherl_single_anchor import TieredAnchor
 from sidebench.adapters.unipt import MlpAnchor, TokenAnchor
 from sidebench.bench.tracker import TrackedPeak, Tracker, track
-from sidebench.cache.backbone import Architecture
+from sidebench.cache.architecture import Architecture
 
 ARCH = Architecture(
     "Toy", "text", blocks=3, width=24, prefix_tokens=0, final_layer="norm", heads=2, mlp_width=32, norm="pre"

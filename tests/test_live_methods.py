@@ -1,6 +1,7 @@
 """The methods that train through the backbone, against the same function written out by hand."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,15 +11,19 @@ from torch import Tensor, nn
 from toys import make_images
 
 from sidebench.adapters._base import Batch, Body, trained
+from sidebench.adapters._registry import find_method
 from sidebench.adapters.bitfit import BitFit
 from sidebench.adapters.full import FullFineTuning
 from sidebench.adapters.lora import Config as LoRAConfig
 from sidebench.adapters.lora import LoRA
 from sidebench.adapters.vpt import VPT, PromptedBody
 from sidebench.adapters.vpt import Config as VPTConfig
+from sidebench.bench.choice import refusal
 from sidebench.cache.backbone import Backbone
 from sidebench.cache.block_weights import attention_projections
 from sidebench.cache.errors import SidebenchError
+from sidebench.cache.form import Form
+from sidebench.cache.suffix import Suffix
 
 WIDTH, BLOCKS = 32, 2
 
@@ -281,20 +286,46 @@ def test_full_leaves_the_pooler_out(tiny_bert: Backbone, tiny_vit: Backbone) -> 
         assert not pooler & {id(p) for p in trained(body).values()}
 
 
-def test_bitfit_without_a_bias_gets_a_sentence() -> None:
-    class Unbiased(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 3, 1, bias=False))
+class Biases(nn.Module):
+    """Two blocks without a bias between a stem and a pooler that nothing reads, of which some have one."""
 
-        def forward(self, pixels: Tensor) -> Tensor:
-            return self.blocks(pixels)
+    def __init__(self, *, stem: bool = False, last: bool = False, pooler: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 3, 1, bias=stem)
+        self.blocks = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 3, 1, bias=last))
+        self.pooler = nn.Linear(3, 3, bias=pooler)
 
+    def forward(self, pixels: Tensor) -> Tensor:
+        tokens: Tensor = self.blocks(self.stem(pixels))
+        self.pooler(tokens.flatten(2).mean(2))
+        return tokens
+
+
+def biases_of(**which: bool) -> Backbone:
     from sidebench.cache.preprocess import ImagePreprocess, PlainImageProcessor
 
-    backbone = Backbone(Unbiased(), ImagePreprocess(PlainImageProcessor(4), 4, None, input_name="pixels"))
-    with pytest.raises(SidebenchError, match="depends on no bias"):
-        BitFit().build(backbone)
+    return Backbone(Biases(**which), ImagePreprocess(PlainImageProcessor(4), 4, None, input_name="pixels"))
+
+
+@pytest.mark.parametrize("which", [{}, {"pooler": True}], ids=["none", "one that nothing reads"])
+def test_bitfit_is_refused_where_there_is_no_bias(which: dict[str, bool]) -> None:
+    arch = biases_of(**which).arch
+    for name in ("bitfit", "bitfit@last1"):
+        said = refusal(find_method(name).configured({}), arch, Form())
+        assert "the output of Biases depends on no bias" in str(said)
+
+
+@pytest.mark.parametrize("which", ["stem", "last"])
+def test_bitfit_takes_a_bias_wherever_the_output_depends_on_it(which: str) -> None:
+    backbone = biases_of(pooler=True, **{which: True})
+    assert refusal(BitFit(), backbone.arch, Form()) is None
+    path = "stem" if which == "stem" else "blocks.1"
+    assert set(trained(BitFit().build(backbone))) == {f"module.{path}.bias"}
+
+
+def test_bitfit_on_blocks_behind_the_last_bias_gets_a_sentence() -> None:
+    with pytest.raises(SidebenchError, match="what it holds of Biases has no bias"):
+        BitFit().build(Suffix(biases_of(stem=True), 1))
 
 
 def test_a_run_changes_no_frozen_weight(backbone: Backbone) -> None:
@@ -304,3 +335,49 @@ def test_a_run_changes_no_frozen_weight(backbone: Backbone) -> None:
     for _ in range(2):
         run.step(run.batch(prepared), torch.tensor([0, 1, 0]))
     assert all(torch.equal(p, before[name]) for name, p in run.backbone.module.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "change", "said"),
+    [
+        ("lora", {"rank": "0"}, {}, "no rank"),
+        ("lora", {}, {"blocks": 0}, "attention blocks"),
+        ("lora", {}, {"mlp_width": None}, "attention blocks"),
+        ("vpt", {"prompts": "0"}, {}, "0 prompts are none"),
+        ("vpt", {}, {"norm": None}, "plain attention blocks"),
+        ("adaptformer", {"scale": "0"}, {}, "times 0 adds nothing"),
+        ("adaptformer", {}, {"norm": None}, "before or after the sum"),
+    ],
+)
+def test_what_has_no_place_for_it_is_refused(
+    tiny_vit: Backbone, name: str, settings: dict[str, str], change: dict[str, Any], said: str
+) -> None:
+    arch = tiny_vit.arch
+    assert find_method(name).configured({}).refusal(arch) is None
+    assert said in str(find_method(name).configured(settings).refusal(dataclasses.replace(arch, **change)))
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "houlsby", "pfeiffer", "adaptformer", "prefix_tuning", "ssf", "vpt"])
+def test_no_module_holds_an_activation_after_forward(name: str, tiny_vit: Backbone) -> None:
+    def held(body: nn.Module) -> set[tuple[str, str]]:
+        """Tensors that are attributes, neither parameters nor buffers."""
+        found = ((path, vars(module).items()) for path, module in body.named_modules())
+        return {(path, key) for path, items in found for key, value in items if isinstance(value, Tensor)}
+
+    backbone, method = copy.deepcopy(tiny_vit), Case(name).method()
+    body = build(method, backbone)
+    before = held(body)
+    body(batch_of(method, backbone, prepared_for(backbone)))
+    assert held(body) <= before
+
+
+def test_adaptformer_adds_a_tenth_of_its_bottleneck_unless_told_otherwise(tiny_vit: Backbone) -> None:
+    backbone, tenth = copy.deepcopy(tiny_vit), copy.deepcopy(tiny_vit)
+    inputs = backbone.preprocess.collate(prepared_for(backbone))[0]
+    body = build(Case("adaptformer").method(), backbone)
+    with torch.no_grad():
+        for index, block in enumerate(tenth.blocks):
+            body.get_parameter(f"adapters.{index}.up.bias").copy_(torch.linspace(-3, 3, WIDTH))
+            block.get_parameter("mlp.fc2.bias").add_(torch.linspace(-0.3, 0.3, WIDTH))
+    out = body(Batch(torch.ones(3, 1), {}, inputs))
+    torch.testing.assert_close(out, tenth.tokens(inputs), atol=1e-5, rtol=1e-5)

@@ -14,18 +14,20 @@ import toys
 from method_cases import FAMILIES, batch_of, build, every_case
 from torch import Tensor, nn
 
+from sidebench.adapters._at_last import AtLast
 from sidebench.adapters._base import Batch, LiveConfig, LiveMethod, trained
 from sidebench.adapters._registry import find_method
+from sidebench.bench.assemble import seeded
 from sidebench.bench.device_memory import DeviceMeter
 from sidebench.bench.learner import Learner
 from sidebench.bench.measure import measure_training
 from sidebench.bench.predict import Step, predict
 from sidebench.bench.tracker import TrackedPeak, track
 from sidebench.bench.training import Settings, loss_of, make_optimizer, optimizer_of
-from sidebench.bench.worker import seeded
 from sidebench.cache.backbone import Backbone
 from sidebench.cache.errors import SidebenchError
 from sidebench.cache.form import Form
+from sidebench.cache.suffix import ENTERING, MASK, Suffix
 
 LIVE = sorted({case.name for case in every_case(LiveMethod)})
 SETTINGS = Settings(seed=0, epochs=1, batch_size=8, lr=1e-3, weight_decay=0.01, precision="fp32")
@@ -120,6 +122,18 @@ def test_each_block_runs_twice_per_step_and_once_without_gradients(tiny_vit: Bac
     assert calls == [0, 1]
 
 
+def test_on_the_last_blocks_alone_they_run_twice_too(tiny_vit: Backbone) -> None:
+    suffix = Suffix(copy.deepcopy(tiny_vit), 1)
+    calls: list[int] = []
+    suffix.blocks[0].get_submodule("mlp").register_forward_pre_hook(lambda *_: calls.append(1))
+    body = AtLast(configured("full", checkpointing="true"), 1).build(suffix)
+    tokens = tiny_vit.shapes([tiny_vit.final_layer])[tiny_vit.final_layer][0]
+    mask = torch.ones(2, tokens or 1, dtype=torch.bool)
+    calls.clear()  # it has looked which parameters are used
+    body(Batch(mask, inputs={ENTERING: torch.randn(*mask.shape, suffix.arch.width), MASK: mask})).sum().backward()
+    assert calls == [1, 1]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", ["vit", "bert"])
 @pytest.mark.parametrize("name", LIVE)
@@ -157,6 +171,8 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(SidebenchError, match=r"bitsandbytes, which is not installed: pip install 'sidebench\[8bit\]'"):
         find_method("lora").configured({"optimizer": "adamw8bit"})
     assert optimizer_of(find_method("lora").configured({})) == "adamw"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: "installed")
+    assert optimizer_of(find_method("lora").configured({"optimizer": "adamw8bit"})) == "adamw8bit"
 
 
 def test_an_unknown_optimizer_is_refused() -> None:
@@ -174,11 +190,11 @@ def test_it_is_bitsandbytes_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", stub)
     layer = nn.Linear(2, 2)
     layer.bias.requires_grad_(False)
-    optimizer = make_optimizer(layer, replace(SETTINGS, optimizer="adamw8bit"))
+    optimizer = make_optimizer(layer, replace(SETTINGS, optimizer="adamw8bit", weight_decay=0.3))
     assert type(optimizer) is AdamW8bit
     (group,) = optimizer.param_groups
     assert group["params"] == [layer.weight]
-    assert (group["lr"], group["weight_decay"]) == (1e-3, 0.01)
+    assert (group["lr"], group["weight_decay"]) == (1e-3, 0.3)
     assert type(make_optimizer(layer, SETTINGS)) is torch.optim.AdamW
 
 

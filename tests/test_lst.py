@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from loops import layer_norms, linears, side_block
 from method_cases import Case, random_states
 from torch import Tensor, nn
 
 from sidebench.adapters._base import Batch
 from sidebench.adapters._blocks import SideBlock
 from sidebench.adapters.lst import LST, Config, Ladder, kept_blocks
-from sidebench.cache.backbone import Architecture, Backbone
+from sidebench.cache.architecture import Architecture
+from sidebench.cache.backbone import Backbone
 from sidebench.cache.block_weights import BackboneWeights, BlockWeights, read_weights
 from sidebench.cache.errors import SidebenchError
 
@@ -51,71 +53,24 @@ def ladder(arch: Architecture, reduction: int = 2, **options: Any) -> Ladder:
     return body
 
 
-def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    return torch.stack([torch.stack([(row * v).sum() for row in layer.weight]) + layer.bias for v in x])
-
-
-def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    rows = []
-    for v in x:
-        mean = v.sum() / len(v)
-        variance = ((v - mean) ** 2).sum() / len(v)
-        rows.append((v - mean) / torch.sqrt(variance + norm.eps) * norm.weight + norm.bias)
-    return torch.stack(rows)
-
-
-def gelu(x: Tensor) -> Tensor:
-    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-
-
-def attention(block: SideBlock, x: Tensor, heads: int) -> Tensor:
-    """x: the (real, S) tokens of one example."""
-    q, k, v = linear(block.query, x), linear(block.key, x), linear(block.value, x)
-    size = x.shape[1] // heads
-    rows = []
-    for i in range(len(x)):
-        parts = []
-        for head in range(heads):
-            part = slice(head * size, (head + 1) * size)
-            scores = torch.stack([(q[i, part] * k[j, part]).sum() / math.sqrt(size) for j in range(len(x))])
-            weights = torch.exp(scores) / torch.exp(scores).sum()
-            parts.append(sum((w * v[j, part] for j, w in enumerate(weights)), torch.zeros(size, dtype=x.dtype)))
-        rows.append(torch.cat(parts))
-    return linear(block.out, torch.stack(rows))
-
-
-def naive_block(block: SideBlock, x: Tensor, arch: Architecture) -> Tensor:
-    assert arch.heads is not None
-    one = torch.ones(x.shape[1], dtype=x.dtype)
-    scale1, scale2 = (one if s is None else s for s in (block.scale1, block.scale2))
-
-    def mlp(y: Tensor) -> Tensor:
-        return linear(block.fc2, gelu(linear(block.fc1, y)))
-
-    if arch.norm == "pre":
-        x = x + scale1 * attention(block, layer_norm(block.norm1, x), arch.heads)
-        return x + scale2 * mlp(layer_norm(block.norm2, x))
-    x = layer_norm(block.norm1, x + scale1 * attention(block, x, arch.heads))
-    return layer_norm(block.norm2, x + scale2 * mlp(x))
-
-
 def gate(alpha: Tensor) -> float:
     return 1 / (1 + math.exp(-float(alpha.detach()) / 0.1))
 
 
 def naive(body: Ladder, states: dict[str, Tensor], arch: Architecture, kept: Sequence[int]) -> Tensor:
     """One example's real tokens. A block that is not kept does nothing to the side state; its gate is not looked at."""
-    side = linear(body.down[0], states["embeddings"])  # type: ignore[arg-type]
+    assert arch.heads is not None
+    side = linears(body.down[0], states["embeddings"])
     modules = iter(zip(body.down[1:], body.blocks, strict=True))
     for i in range(arch.blocks):
         if i not in kept:
             continue
         down, block = next(modules)
-        step = linear(down, states[f"blocks.{i}"])  # type: ignore[arg-type]
+        step = linears(down, states[f"blocks.{i}"])
         mu = None if body.alpha is None else gate(body.alpha[i])
         mixed = side + step if mu is None else mu * side + (1 - mu) * step
-        side = naive_block(block, mixed, arch)  # type: ignore[arg-type]
-    out = linear(body.up, layer_norm(body.norm, side))
+        side = side_block(block, mixed, arch, arch.heads)
+    out = linears(body.up, layer_norms(body.norm, side))
     if body.alpha_last is None:
         return out
     mu = gate(body.alpha_last)

@@ -4,16 +4,23 @@ import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from method_cases import Exact, weights_of
 from outcomes import write_texts
 from torch import Tensor, nn
-from toys import ToyExamples, build_store, load, prepare, save_t5
+from toys import ToyExamples, load, save_t5
+from two_stacks import (
+    check_a_cache_trains_as_the_live_backbone,
+    check_a_step_is_predicted,
+    check_the_loss_falls,
+    lean_and_plain,
+    numbers_kept,
+    random_stacks,
+)
 
 from sidebench.adapters import _recompute
 from sidebench.adapters._base import Batch, Body
@@ -21,20 +28,14 @@ from sidebench.adapters._lst_two_stacks import RMSNorm, SideStack, SlimBlock, Tw
 from sidebench.adapters._registry import find_method
 from sidebench.adapters.lst import LST, Config
 from sidebench.bench.choice import refusal
-from sidebench.bench.compare import Request, compare
-from sidebench.bench.device_memory import DeviceMeter
-from sidebench.bench.learner import CachedSource, Learner
-from sidebench.bench.measure import measure_training
-from sidebench.bench.predict import Step, predict
+from sidebench.bench.compare import compare
+from sidebench.bench.outcome import Request
 from sidebench.bench.prepare import Inputs
-from sidebench.bench.training import Settings
-from sidebench.cache.backbone import Architecture, Backbone
+from sidebench.cache.architecture import Architecture
+from sidebench.cache.backbone import Backbone
 from sidebench.cache.block_weights import read_weights
 from sidebench.cache.configs import config_backbone
 from sidebench.cache.form import Form
-from sidebench.cache.pooling import masked_mean
-from sidebench.cache.store import LiveStore
-from sidebench.cache.zarr_store import ZarrStore
 
 ARCH = Architecture(
     "Toy",
@@ -52,22 +53,9 @@ SIDE, HIDDEN = 8, 12  # at reduction 2
 ALL = ((0, 1, 2, 3), (0, 1, 2))
 TEXTS, TARGETS = (4, 25, 2), (3, 1, 13)  # tokens of each example in the encoder, and in a decoder that is padded too
 LAYERS = (*ARCH.states, *ARCH.decoder_states, "norm")
-lean_and_plain = pytest.mark.parametrize("lean", [True, False], ids=["lean", "plain"])
-
-
-def states(*, more: int = 0, noise: float = 0.0) -> Exact:
-    """Random states; padding, `more` of it than needed, is zero or noise."""
-    generator = torch.Generator().manual_seed(0)
-    found, masks = {}, {}
-    for layers, lengths in ((ARCH.states, TEXTS), ((*ARCH.decoder_states, "norm"), TARGETS)):
-        longest = max(lengths)
-        mask = torch.arange(longest + more) < torch.tensor(lengths)[:, None]
-        for layer in layers:
-            real = torch.randn(3, longest, ARCH.width, generator=generator, dtype=torch.float64)
-            padded = nn.functional.pad(real, (0, 0, 0, more))
-            found[layer] = torch.where(mask[..., None], padded, noise * torch.ones_like(padded).cumsum(2))
-            masks[layer] = mask
-    return Exact(masks["norm"], found, {}, {layer: masks[layer] for layer in ARCH.states})
+states = partial(
+    random_stacks, (ARCH.states, TEXTS), ((*ARCH.decoder_states, "norm"), TARGETS), dict.fromkeys(LAYERS, 16)
+)
 
 
 def shaken(kept: Sequence[tuple[int, ...]] = ALL, **options: Any) -> TwoLadders:
@@ -406,64 +394,21 @@ def test_lean_and_plain_have_the_same_gradients(tokens: int, monkeypatch: pytest
 
 
 def test_lean_keeps_a_fraction() -> None:
-    def numbers(body: TwoLadders) -> int:
-        batch = states()
-        there = {t.data_ptr() for t in (*body.parameters(), *batch.activations.values())}
-        kept: dict[int, Tensor] = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
-            body(batch)
-        return sum(t.numel() for at, t in kept.items() if at not in there)
-
-    assert 5 * numbers(shaken(lean=True)) < numbers(shaken(lean=False))
+    assert 5 * numbers_kept(shaken(lean=True), states()) < numbers_kept(shaken(lean=False), states())
 
 
 def test_a_cache_of_t5_trains_it_as_the_live_backbone_does(
     tiny_t5: Backbone, text_examples: ToyExamples, tmp_path: Path
 ) -> None:
-    backbone = copy.deepcopy(tiny_t5)
-    method = LST()
-    layers = method.layers(backbone.arch)
-    cached = ZarrStore(build_store(backbone, text_examples, tmp_path, dtype="float32", layers=layers).folder)
-    assert cached.architecture.t5_blocks
-    live = LiveStore(backbone, prepare(backbone, text_examples))
-    index = np.array([3, 0, 17, 8])
-    found = []
-    for store in (cached, live):
-        torch.manual_seed(5)
-        body = method.build(backbone.arch, dict.fromkeys(layers, 32), lambda: weights_of(backbone))
-        recorded = store.read(index, layers)
-        batch = Batch(recorded.mask, recorded.layers, masks=recorded.masks)
-        assert not batch.mask_of("blocks.2").all()
-        out = body(batch)
-        assert out.shape == (4, 1, 32)
-        (masked_mean(out, batch.mask) * torch.arange(32)).square().mean().backward()
-        found.append((out, {name: p.grad for name, p in body.named_parameters()}))
-    (out, gradients), (live_out, live_gradients) = found
-    torch.testing.assert_close(out, live_out, atol=1e-5, rtol=1e-5)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, live_gradients[name], atol=1e-5, rtol=1e-4)
+    assert tiny_t5.arch.t5_blocks
+    check_a_cache_trains_as_the_live_backbone(LST(), tiny_t5, text_examples, tmp_path)
 
 
 @pytest.mark.parametrize("init", ["magnitude", "random"])
 def test_the_loss_falls_on_t5_though_the_head_stands_still(
     tiny_t5: Backbone, text_examples: ToyExamples, init: Any
 ) -> None:
-    method = LST(Config(reduction=2, init=init))
-    layers, targets = method.layers(tiny_t5.arch), torch.from_numpy(text_examples.targets)[:16]
-    recorded = LiveStore(tiny_t5, prepare(tiny_t5, text_examples)).read(np.arange(16), layers)
-    torch.manual_seed(0)
-    body = method.build(tiny_t5.arch, dict.fromkeys(layers, 32), lambda: weights_of(tiny_t5))
-    head = torch.randn(2, 32)
-    optimizer = torch.optim.AdamW(body.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(80):
-        out = body(Batch(recorded.mask, recorded.layers, masks=recorded.masks))[:, 0]
-        loss = nn.functional.cross_entropy(out @ head.T, targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < 0.5 * losses[0], losses
+    check_the_loss_falls(LST(Config(reduction=2, init=init)), tiny_t5, text_examples, 80)
 
 
 @lean_and_plain
@@ -471,21 +416,7 @@ def test_the_loss_falls_on_t5_though_the_head_stands_still(
 def test_a_step_on_t5_is_predicted(
     tiny_t5: Backbone, text_examples: ToyExamples, tmp_path: Path, lean: bool, precision: str
 ) -> None:
-    method = LST(Config(lean=lean))
-    layers = method.layers(tiny_t5.arch)
-    store = ZarrStore(build_store(tiny_t5, text_examples, tmp_path, dtype="float16").folder)
-    body = method.build(tiny_t5.arch, dict.fromkeys(layers, 32), lambda: weights_of(tiny_t5))
-    source = CachedSource(store, layers, torch.device("cpu"), store.lengths())
-    (batch,) = source.batches([np.arange(8)])
-    settings = Settings(0, 1, 8, method.config.lr, method.config.weight_decay, precision)
-    targets, meter = torch.zeros(8, dtype=torch.long), DeviceMeter(torch.device("cpu"))
-    measured = measure_training(Learner(body, 2, "mean", 0), batch, targets, settings, meter).values
-    longest = batch.mask_of("embeddings").shape[1]
-    step = Step(8, 2, precision, "cpu", form=Form(dtype="float16"), max_length=longest)
-    found = predict(method, tiny_t5, step).peak
-    if precision == "fp32":
-        assert found.by_category == measured["memory_by_category"]
-    assert found.peak_bytes == pytest.approx(measured["peak_tracked_bytes"], rel=0 if precision == "fp32" else 0.003)
+    check_a_step_is_predicted(LST(Config(lean=lean)), tiny_t5, text_examples, tmp_path, precision)
 
 
 def test_a_comparison_prunes_by_squared_gradients_and_is_predicted(models: Path, tmp_path: Path) -> None:

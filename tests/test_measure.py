@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sidebench.adapters._base import Batch, Body, FittedMethod
 from sidebench.adapters._registry import find_method
 from sidebench.bench import measure
+from sidebench.bench.assemble import seeded
 from sidebench.bench.device_memory import DeviceMemory, DeviceMeter
 from sidebench.bench.energy import WHOLE_GPU
 from sidebench.bench.learner import Learner
@@ -18,7 +19,6 @@ from sidebench.bench.measure import Memory, measure_fit, measure_training
 from sidebench.bench.record import Cost
 from sidebench.bench.tracker import CATEGORIES
 from sidebench.bench.training import Settings, loss_of, make_optimizer, snapshot
-from sidebench.bench.worker import seeded
 
 WIDTH, SIDE, CLASSES = 24, 16, 3
 SETTINGS = Settings(seed=0, epochs=1, batch_size=8, lr=0.1, weight_decay=0.1, precision="fp32")

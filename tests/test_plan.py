@@ -86,6 +86,39 @@ def test_settings_reach_the_method(planned: Plan) -> None:
     )  # ranks x q,v x A,B x blocks x D
 
 
+def test_what_a_method_does_once_before_training_is_said_with_what_it_takes(planned: Plan) -> None:
+    plain = planned(methods=("lst", "full"))
+    assert [row["initialisation_peak_bytes"] for row in plain["methods"]] == [None, None]
+    assert "before training MiB" not in columns(plain)
+    asked = {"methods": ("lst", "lora"), "settings": {"lst": {"init": "fisher"}}}
+    document = planned(**asked)
+    (lst, lora), (_, full) = document["methods"], plain["methods"]
+    weights = full["by_category"]["parameters"]
+    assert 2 * weights < (peak := lst["initialisation_peak_bytes"]) < 3 * weights
+    assert lora["initialisation_peak_bytes"] is None
+    shown = dict(zip(columns(document), cells(document, lst), strict=True))["before training MiB"]
+    assert shown == f"{peak / 2**20:,.1f}"
+    (line,) = (line for line in sentences(document) if "before training" in line)
+    assert line.startswith("lst: before training it back-propagates through the whole backbone, one example at a time")
+    assert line.endswith(f"{shown} MiB.")
+    assert lst["predicted_peak_bytes"] == plain["methods"][0]["predicted_peak_bytes"]
+
+
+def test_a_method_fits_only_where_what_it_does_before_training_fits_too(
+    planned: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "largest_batch", lambda *_: None)  # which takes its time, and is of a training step
+    step = {"semantics": "cpu", "batch_size": 1, "max_length": 8}
+    asked = {"methods": ("lst",), "settings": {"lst": {"init": "fisher"}}, **step}
+    (row,) = planned("bert", **asked)["methods"]
+    small = max(row["predicted_peak_bytes"], row["initialisation_peak_bytes"]) - 1
+    assert row["initialisation_peak_bytes"] > row["predicted_peak_bytes"]
+    for memory, fits in ((small, False), (small + 1, True)):
+        document = planned("bert", **asked, device_memory=str(memory))
+        assert document["methods"][0]["fits"] is fits
+        assert any("more than there is" in line for line in sentences(document)) is not fits
+
+
 def test_cpu_semantics_have_no_allocator(planned: Plan) -> None:
     (row,) = planned(methods=("lora",), semantics="cpu")["methods"]
     assert row["predicted_allocated_bytes"] is row["predicted_reserved_bytes"] is None

@@ -19,6 +19,7 @@ from toys import build_store, make_images, make_texts
 
 from sidebench.adapters._base import Batch, Body, CachedMethod, FittedMethod, LiveMethod
 from sidebench.adapters._registry import find_method, known_methods
+from sidebench.bench.assemble import seeded
 from sidebench.bench.cuda_semantics import CudaSemantics, use_foreach
 from sidebench.bench.device_memory import DeviceMeter
 from sidebench.bench.learner import CachedSource, Learner
@@ -26,7 +27,6 @@ from sidebench.bench.measure import measure_fit, measure_training
 from sidebench.bench.predict import Prediction, Step, Unpredictable, batch_for, predict
 from sidebench.bench.predict_fit import predict_fit
 from sidebench.bench.training import Settings, loss_of, make_optimizer
-from sidebench.bench.worker import seeded
 from sidebench.cache.backbone import Backbone
 from sidebench.cache.configs import config_backbone, without_weights
 from sidebench.cache.errors import SidebenchError

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import math
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,15 +10,16 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from loops import layer_norms, linears, side_block
 from method_cases import Case, random_states
 from torch import Tensor, nn
 from toys import ToyExamples, build_store
 
 from sidebench.adapters import _recompute
 from sidebench.adapters._base import Batch
-from sidebench.adapters._blocks import SideBlock
 from sidebench.adapters.qst import QST, Config, SideNetwork
-from sidebench.cache.backbone import Architecture, Backbone
+from sidebench.cache.architecture import Architecture
+from sidebench.cache.backbone import Backbone
 from sidebench.cache.encode import tensors_of
 from sidebench.cache.pooling import masked_mean
 from sidebench.cache.quantise import Quantised, quantise
@@ -64,60 +64,12 @@ def network(arch: Architecture, rank: int | None, *, lean: bool = True) -> SideN
     return body
 
 
-def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    assert isinstance(layer, nn.Linear)
-    bias = 0 if layer.bias is None else layer.bias
-    return torch.stack([torch.stack([(row * v).sum() for row in layer.weight]) + bias for v in x])
-
-
-def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    assert isinstance(norm, nn.LayerNorm)
-    rows = []
-    for v in x:
-        mean = v.sum() / len(v)
-        variance = ((v - mean) ** 2).sum() / len(v)
-        rows.append((v - mean) / torch.sqrt(variance + norm.eps) * norm.weight + norm.bias)
-    return torch.stack(rows)
-
-
 def naive_down(way: nn.Module, x: Tensor) -> Tensor:
     if isinstance(way, nn.AdaptiveAvgPool1d):
         return torch.stack([torch.stack([v[4 * i : 4 * i + 4].sum() / 4 for i in range(SIDE)]) for v in x])
     assert isinstance(way, nn.Sequential)
-    hidden = linear(way[0], x)
-    return layer_norm(way[3], linear(way[2], hidden / (1 + torch.exp(-hidden))))
-
-
-def attention(block: SideBlock, x: Tensor, heads: int) -> Tensor:
-    """x: the (real, S) tokens of one example."""
-    q, k, v = linear(block.query, x), linear(block.key, x), linear(block.value, x)
-    size = x.shape[1] // heads
-    rows = []
-    for i in range(len(x)):
-        parts = []
-        for head in range(heads):
-            part = slice(head * size, (head + 1) * size)
-            scores = torch.stack([(q[i, part] * k[j, part]).sum() / math.sqrt(size) for j in range(len(x))])
-            weights = torch.exp(scores) / torch.exp(scores).sum()
-            parts.append(sum((w * v[j, part] for j, w in enumerate(weights)), torch.zeros(size, dtype=x.dtype)))
-        rows.append(torch.cat(parts))
-    return linear(block.out, torch.stack(rows))
-
-
-def naive_block(block: nn.Module, x: Tensor, arch: Architecture) -> Tensor:
-    assert isinstance(block, SideBlock)
-    one = torch.ones(x.shape[1], dtype=x.dtype)
-    scale1, scale2 = (one if s is None else s for s in (block.scale1, block.scale2))
-
-    def mlp(y: Tensor) -> Tensor:
-        hidden = linear(block.fc1, y)
-        return linear(block.fc2, hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))))
-
-    if arch.norm == "pre":
-        x = x + scale1 * attention(block, layer_norm(block.norm1, x), 2)
-        return x + scale2 * mlp(layer_norm(block.norm2, x))
-    x = layer_norm(block.norm1, x + scale1 * attention(block, x, 2))
-    return layer_norm(block.norm2, x + scale2 * mlp(x))
+    hidden = linears(way[0], x)
+    return layer_norms(way[3], linears(way[2], hidden / (1 + torch.exp(-hidden))))
 
 
 def naive(body: SideNetwork, states: Sequence[Tensor], final: Tensor, arch: Architecture) -> Tensor:
@@ -125,9 +77,9 @@ def naive(body: SideNetwork, states: Sequence[Tensor], final: Tensor, arch: Arch
     side = naive_down(body.down[0], states[0])
     for i, block in enumerate(body.blocks):
         gate = 1 / (1 + torch.exp(-body.gates[i]))
-        side = naive_block(block, (1 - gate) * naive_down(body.down[i], states[i + 1]) + gate * side, arch)
+        side = side_block(block, (1 - gate) * naive_down(body.down[i], states[i + 1]) + gate * side, arch, 2)
     gate = 1 / (1 + torch.exp(-body.last_gate))
-    return (1 - gate) * linear(body.up, layer_norm(body.norm, side)) + gate * final
+    return (1 - gate) * linears(body.up, layer_norms(body.norm, side)) + gate * final
 
 
 @in_slices

@@ -7,7 +7,8 @@ import typer
 from outcomes import write_texts
 
 from sidebench.adapters._registry import TABLE, methods_table
-from sidebench.bench.compare import Request, compare
+from sidebench.bench.compare import compare
+from sidebench.bench.outcome import Request
 from sidebench.bench.prepare import Inputs
 from sidebench.cli import app
 
@@ -32,7 +33,8 @@ def test_every_command_of_the_readme_is_understood(command: str) -> None:
 
 def test_the_demo_of_the_readme_is_that_of_the_makefile() -> None:
     makefile = (ROOT / "Makefile").read_text("utf-8").replace("\\\n", "")
-    made = [" ".join(line.split()) for line in re.findall(r"\$\(BIN\)/(bench [^\n]+)", makefile)]
+    demo = makefile.partition("\ndemo:")[2].partition("\n\n")[0]
+    made = [" ".join(line.split()) for line in re.findall(r"\$\(BIN\)/(bench [^\n]+)", demo)]
     assert made
     for command in made:
         assert command in COMMANDS

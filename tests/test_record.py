@@ -84,10 +84,10 @@ def test_a_finished_run_leaves_the_job_of_another_comparison_where_its_worker_wi
             waiting.extend(tmp_path.glob("*.job.json"))
             with monkeypatch.context() as patch:
                 patch.setattr(launch.os, "getpid", lambda: 1)
-                assert launch.spawn(job, tmp_path, Listener()) is None
+                assert launch.spawn([job], tmp_path, Listener()) == [None]
             assert waiting[0].exists()
 
-    assert launch.spawn(job, tmp_path, Listener(run_event=started)) is None
+    assert launch.spawn([job], tmp_path, Listener(run_event=started)) == [None]
     assert not list(tmp_path.glob("*.job.json"))
 
 

@@ -11,7 +11,8 @@ import torch
 import toys
 from torch import Tensor
 
-from sidebench.cache.backbone import Architecture, Backbone
+from sidebench.cache.architecture import Architecture
+from sidebench.cache.backbone import Backbone
 from sidebench.cache.build import CaptureOptions, plan
 from sidebench.cache.errors import SidebenchError
 from sidebench.cache.fidelity import examine

@@ -12,7 +12,7 @@ from sidebench.adapters import _registry
 from sidebench.adapters._base import PrefixMethod, TrainingConfig
 from sidebench.adapters._registry import config_facts, describe, find_method, known_methods
 from sidebench.adapters.unipt import UniPT
-from sidebench.cache.backbone import Architecture
+from sidebench.cache.architecture import Architecture
 from sidebench.cache.errors import SidebenchError
 
 ONE = '''
@@ -201,7 +201,7 @@ def test_an_option_of_a_type_that_cannot_be_typed_gets_a_sentence(tmp_path: Path
 @pytest.mark.parametrize("name", known_methods())
 def test_a_description_is_plain_json_and_agrees_with_the_config(name: str) -> None:
     described = describe(name)
-    assert set(described) == {"name", "kind", "paper", "summary", "parameters", "config"}
+    assert set(described) == {"name", "kind", "paper", "summary", "parameters", "config", "families"}
     assert described["name"] == name
     assert described["parameters"].startswith("Trained")
     assert json.loads(json.dumps(described)) == described

@@ -13,7 +13,7 @@ from sidebench.bench.table import comparisons, rows
 from sidebench.cache.form import Form
 
 RIGHT = [[1, 0, 1, 1, 0, 1, 1, 1]]
-COLUMNS = columns("accuracy")
+COLUMNS = columns("accuracy", [])
 HOSTILE = (
     "./a|b.py",
     "./back\\|slash.py",
@@ -135,10 +135,14 @@ def test_no_difference_is_not_called_a_tie(tmp_path: Path) -> None:
 
 def test_the_world_is_that_of_the_records_and_tells_where_they_differ(tmp_path: Path) -> None:
     outcome = make_outcome(tmp_path, {"old": RIGHT, "new": RIGHT})
-    old, new = outcome.records["old"][0], outcome.records["new"][0]
-    worlds = {"old": {"sidebench": "0.0.9", "cpu": "same"}, "new": {"sidebench": "0.1.0", "cpu": "same"}}
-    records = {n: [dataclasses.replace(r, world=worlds[n])] for n, r in (("old", old), ("new", new))}
-    text = _markdown(dataclasses.replace(outcome, records=records))
+    versions = {"old": "0.0.9", "new": "0.1.0"}
+    runs = [
+        dataclasses.replace(
+            r, records=[dataclasses.replace(r.records[0], world={"sidebench": versions[r.method], "cpu": "same"})]
+        )
+        for r in outcome.runs
+    ]
+    text = _markdown(dataclasses.replace(outcome, runs=runs))
     assert "- cpu: same\n- sidebench differs between runs: 0.0.9 / 0.1.0\n" in text
 
 
@@ -156,6 +160,15 @@ def test_memory_by_category_leaves_out_a_method_that_has_none(tmp_path: Path) ->
     sums = ["sum MiB", 'sum, literature "GB"', "predicted sum MiB"]
     assert table[0] == ["method", *(f"{name} MiB" for name in CATEGORIES), *sums]
     assert len(table) == 2
+
+
+def test_what_a_start_from_squared_gradients_took_has_a_section_of_its_own(tmp_path: Path) -> None:
+    took = {"examples": 1024, "seconds": 12.34, "peak_tracked_bytes": 7 * 2**20}
+    assert "## Initialisation" not in _markdown(make_outcome(tmp_path, {"lst": RIGHT}))
+    text = _markdown(make_outcome(tmp_path, {"lst": RIGHT}, initialisation=took))
+    (line,) = text.partition("## Initialisation\n\n")[2].partition("\n\n")[0].splitlines()
+    assert line.startswith("- lst: squared gradients of 1,024 training examples through the whole backbone")
+    assert "12.3 s, tracked peak 7.0 MiB, in no other figure here" in line
 
 
 def test_the_cache_is_described_with_its_size_and_build_time(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sidebench.adapters import _recompute
 from sidebench.adapters._base import Batch
 from sidebench.adapters.res_tuning_bypass import Bypass, Config, ResTuningBypass, Tuner
-from sidebench.cache.backbone import Architecture
+from sidebench.cache.architecture import Architecture
 
 STATES = ("embeddings", *(f"blocks.{i}" for i in range(6)))  # more than one piece of the lean chain
 LAYERS = (*STATES, "norm")

@@ -6,20 +6,19 @@ import math
 
 import pytest
 import torch
+from loops import Row, dot, layer_norm, linear
 from method_cases import Exact, build, random_states
-from test_suffix import inputs_of, tiny_t5
+from restarts import batch_for, bytes_kept, deep_backbones
 from torch import Tensor, nn
-from toys import load, save_bert, save_vit
 
 from sidebench.adapters import _recompute
 from sidebench.adapters._base import Batch, trained
 from sidebench.adapters._sherl import redundancy, without_repeats
 from sidebench.adapters._tokens import relu_l1
 from sidebench.adapters.sherl import EPS, Config, EarlyRoute, Sherl, TwoRoutes
-from sidebench.cache.backbone import Architecture, Backbone
-from sidebench.cache.suffix import entering_layer
+from sidebench.cache.architecture import Architecture
+from sidebench.cache.backbone import Backbone
 
-Row = list[float]
 STATES = ("embeddings", "blocks.0", "blocks.1", "blocks.2")
 WIDTHS = dict.fromkeys(STATES, 6)
 LENGTHS = (2, 5, 3)
@@ -27,11 +26,7 @@ LENGTHS = (2, 5, 3)
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Backbone]:
-    """Four blocks, a ViT's and BERT's, and T5's three."""
-    folder = tmp_path_factory.mktemp("deep")
-    vit = load(save_vit(folder / "vit", num_hidden_layers=4))
-    bert = load(save_bert(folder / "bert", num_hidden_layers=4))
-    return {"vit": vit, "bert": bert, "t5": tiny_t5()}
+    return deep_backbones(tmp_path_factory.mktemp("deep"), 4)
 
 
 def moved(module: nn.Module) -> None:
@@ -50,25 +45,11 @@ def route(states: tuple[str, ...] = STATES) -> EarlyRoute:
     return early
 
 
-def linear(layer: nn.Module, x: Row) -> Row:
-    assert isinstance(layer, nn.Linear)
-    weight, bias = layer.weight.tolist(), layer.bias.tolist()
-    return [sum(w * v for w, v in zip(row, x, strict=True)) + b for row, b in zip(weight, bias, strict=True)]
-
-
-def normed(norm: nn.Module, x: Row, eps: float) -> Row:
-    assert isinstance(norm, nn.LayerNorm)
-    mean = sum(x) / len(x)
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in x) / len(x) + eps)
-    scale, shift = norm.weight.tolist(), norm.bias.tolist()
-    return [(v - mean) / deviation * s + b for v, s, b in zip(x, scale, shift, strict=True)]
-
-
 def cosine(a: Row, b: Row) -> float:
     def length(x: Row) -> float:
-        return math.sqrt(sum(v * v for v in x)) + 1e-8
+        return math.sqrt(dot(x, x)) + 1e-8
 
-    return sum(x * y for x, y in zip(a, b, strict=True)) / (length(a) * length(b))
+    return dot(a, b) / (length(a) * length(b))
 
 
 def naive(early: EarlyRoute, states: list[Row]) -> Row:
@@ -76,7 +57,8 @@ def naive(early: EarlyRoute, states: list[Row]) -> Row:
     projected = []
     for down, state in zip(early.down, states, strict=True):
         assert isinstance(down, nn.Sequential)
-        projected.append(normed(down[1], linear(down[0], state), 1e-5))
+        assert down[1].eps == 1e-5
+        projected.append(layer_norm(down[1], linear(down[0], state)))
     *shallow, deep = projected
     scores = []
     for x in shallow:
@@ -87,7 +69,8 @@ def naive(early: EarlyRoute, states: list[Row]) -> Row:
     z = list(deep)
     for score, x in zip(scores, shallow, strict=True):
         z = [total + score / (sum(scores) + 1e-8) * v for total, v in zip(z, x, strict=True)]
-    raised = normed(early.up[1], linear(early.up[0], [max(v, 0.0) for v in z]), 1e-12)
+    assert early.up[1].eps == 1e-12
+    raised = layer_norm(early.up[1], linear(early.up[0], [max(v, 0.0) for v in z]))
     gate = math.tanh(float(early.gamma.detach()) / 0.1)
     return [v + gate * h for v, h in zip(raised, states[-1], strict=True)]
 
@@ -154,15 +137,6 @@ def test_layers_that_are_zero_divide_by_nothing() -> None:
     assert torch.isfinite(tiers.grad).all()
 
 
-def batch_for(whole: Backbone) -> tuple[dict[str, Tensor], Batch]:
-    """Inputs of the whole network, and what the method sees of them; the first text is padded."""
-    inputs, mask = inputs_of(whole)
-    states = whole.capture(inputs, Sherl().layers(whole.arch))
-    real = torch.ones(states["embeddings"].shape[:2], dtype=torch.bool) if mask is None else mask
-    states = {layer: (state * real[..., None]).clone() for layer, state in states.items()}
-    return inputs, Batch(real, states).entering(entering_layer(whole.arch.blocks - 1))
-
-
 def live(whole: Backbone, early: EarlyRoute, inputs: dict[str, Tensor]) -> Tensor:
     """The whole network, with the early route put in front of its last block: nothing cached, nothing restarted."""
     states: dict[str, Tensor] = {}
@@ -189,7 +163,7 @@ def test_it_equals_the_whole_network_run_live_bit_for_bit_gradients_included(
     deep: dict[str, Backbone], family: str
 ) -> None:
     whole = copy.deepcopy(deep[family])
-    inputs, batch = batch_for(whole)
+    inputs, batch = batch_for(whole, Sherl())
     torch.manual_seed(0)
     body = build(Sherl(Config(lean=False)), whole)
     assert isinstance(body, TwoRoutes)
@@ -208,7 +182,7 @@ def test_it_equals_the_whole_network_run_live_bit_for_bit_gradients_included(
 
 def test_the_lean_form_has_the_same_gradients(deep: dict[str, Backbone], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_recompute, "TOKENS_AT_A_TIME", 10)  # of the four texts one at a time
-    _, batch = batch_for(deep["bert"])
+    _, batch = batch_for(deep["bert"], Sherl())
     bodies = []
     for lean in (True, False):
         torch.manual_seed(0)
@@ -222,25 +196,14 @@ def test_the_lean_form_has_the_same_gradients(deep: dict[str, Backbone], monkeyp
 
 
 def test_backward_keeps_nothing_of_the_lean_early_route(deep: dict[str, Backbone]) -> None:
-    _, batch = batch_for(deep["vit"])
+    _, batch = batch_for(deep["vit"], Sherl())
 
     def kept(lean: bool) -> int:
         body = build(Sherl(Config(lean=lean)), deep["vit"])
         assert isinstance(body, TwoRoutes)
-        own = {t.untyped_storage().data_ptr() for t in (*body.parameters(), *batch.activations.values(), batch.mask)}
-        found: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                found[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
         body._backbone.tokens = lambda inputs: inputs["entering"]  # type: ignore[method-assign]
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = body(batch)
-        assert out.requires_grad
-        return sum(found.values())
+        assert body(batch).requires_grad
+        return bytes_kept(body, batch)
 
     assert kept(lean=True) == 0
     assert kept(lean=False) > 5 * batch.state("embeddings").nbytes

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sidebench.adapters._sherl import redundancy
 from sidebench.adapters.sherl_single_anchor import EPS, Config, SherlSingleAnchor, TieredAnchor
-from sidebench.cache.backbone import Architecture
+from sidebench.cache.architecture import Architecture
 
 Row = list[float]
 STATES = ("embeddings", "blocks.0", "blocks.1")

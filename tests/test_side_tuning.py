@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from loops import Row, dot, layer_norm, linear, plus
 from method_cases import random_states
-from torch import nn
 
 from sidebench.adapters.side_tuning import Blend, Block, Config, SideNetwork, SideTuning
-from sidebench.cache.backbone import Architecture
+from sidebench.cache.architecture import Architecture
 from sidebench.cache.errors import SidebenchError
 
-Rows = list[list[float]]
+Rows = list[Row]
 ARCH = Architecture("Toy", "text", blocks=2, width=16, prefix_tokens=0, final_layer="norm", heads=4)
 STATES, WIDTHS = ("embeddings", "norm"), {"embeddings": 5, "norm": 6}
 LENGTHS = (2, 5, 3)
@@ -28,26 +28,7 @@ def shaken(depth: int = 2) -> Blend:
     return body
 
 
-def dot(a: list[float], b: list[float]) -> float:
-    return sum(x * y for x, y in zip(a, b, strict=True))
-
-
-def added(a: list[float], b: list[float]) -> list[float]:
-    return [x + y for x, y in zip(a, b, strict=True)]
-
-
-def linear(layer: nn.Module, x: list[float]) -> list[float]:
-    assert isinstance(layer, nn.Linear)
-    return [dot(row, x) + b for row, b in zip(layer.weight.tolist(), layer.bias.tolist(), strict=True)]
-
-
-def layer_norm(norm: nn.LayerNorm, x: list[float]) -> list[float]:
-    mean = sum(x) / len(x)
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in x) / len(x) + norm.eps)
-    return [(v - mean) / deviation * s + b for v, s, b in zip(x, norm.weight.tolist(), norm.bias.tolist(), strict=True)]
-
-
-def gelu(x: list[float]) -> list[float]:
+def gelu(x: Row) -> Row:
     return [v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x]
 
 
@@ -56,15 +37,15 @@ def naive_block(block: Block, x: Rows) -> Rows:
     qkv = [linear(block.qkv, layer_norm(block.norm1, row)) for row in x]
     out = []
     for i, row in enumerate(x):
-        gathered: list[float] = []
+        gathered: Row = []
         for head in range(block.heads):
             query, key, value = (slice(p * width + head * size, p * width + (head + 1) * size) for p in range(3))
             exps = [math.exp(dot(qkv[i][query], other[key]) / math.sqrt(size)) for other in qkv]
             columns = zip(*(other[value] for other in qkv), strict=True)
             gathered += [dot(exps, list(column)) / sum(exps) for column in columns]
-        row = added(row, linear(block.out, gathered))
+        row = plus(row, linear(block.out, gathered))
         fc1, _, fc2 = block.mlp
-        out.append(added(row, linear(fc2, gelu(linear(fc1, layer_norm(block.norm2, row))))))
+        out.append(plus(row, linear(fc2, gelu(linear(fc1, layer_norm(block.norm2, row))))))
     return out
 
 

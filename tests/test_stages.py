@@ -24,7 +24,8 @@ from sidebench.bench.predict import Step, kept_shapes, predict
 from sidebench.bench.predicted import with_prediction
 from sidebench.bench.training import Settings, load_trained, snapshot, train
 from sidebench.cache import layout
-from sidebench.cache.backbone import Architecture, Backbone
+from sidebench.cache.architecture import Architecture
+from sidebench.cache.backbone import Backbone
 from sidebench.cache.build import CaptureOptions, build, plan
 from sidebench.cache.errors import SidebenchError
 from sidebench.cache.form import Form

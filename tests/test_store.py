@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sidebench.cache import layout
-from sidebench.cache.backbone import Architecture, Backbone
+from sidebench.cache.architecture import Architecture
+from sidebench.cache.backbone import Backbone
 from sidebench.cache.build import CaptureOptions, plan
 from sidebench.cache.errors import SidebenchError
 from sidebench.cache.form import Form

@@ -6,19 +6,15 @@ from collections.abc import Callable
 import pytest
 import torch
 from method_cases import FAMILIES
+from restarts import inputs_of, t5_encoder
 from torch import Tensor, nn
-from toys import make_images
-from transformers import T5Config, T5EncoderModel
 
 from sidebench.adapters._base import BackboneBody, Batch, Body, LiveMethod
 from sidebench.adapters._registry import find_method
 from sidebench.cache.backbone import Backbone
-from sidebench.cache.configs import TextShapes
 from sidebench.cache.errors import SidebenchError
 from sidebench.cache.preprocess import ImagePreprocess, Inputs, PlainImageProcessor
 from sidebench.cache.suffix import ENTERING, MASK, Suffix, entering_layer
-
-TEXTS = ["good", *["the film is very bad and dull"] * 3]
 
 
 class LastBlocks(Backbone):
@@ -33,12 +29,6 @@ class LastBlocks(Backbone):
         return super().block_paths[self.first :]
 
 
-def tiny_t5() -> Backbone:
-    torch.manual_seed(0)
-    config = T5Config(vocab_size=20, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, dropout_rate=0.0)
-    return Backbone(T5EncoderModel(config), TextShapes(16))
-
-
 def conv_net() -> Backbone:
     torch.manual_seed(0)
     stages = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3)))
@@ -48,19 +38,10 @@ def conv_net() -> Backbone:
 
 @pytest.fixture(params=[*FAMILIES, "t5", "conv"])
 def whole(request: pytest.FixtureRequest) -> Backbone:
-    made: dict[str, Callable[[], Backbone]] = {"t5": tiny_t5, "conv": conv_net}
+    made: dict[str, Callable[[], Backbone]] = {"t5": t5_encoder, "conv": conv_net}
     if request.param in made:
         return made[request.param]()
     return copy.deepcopy(request.getfixturevalue(f"tiny_{request.param}"))
-
-
-def inputs_of(backbone: Backbone) -> tuple[Inputs, Tensor | None]:
-    """Four examples; the first text is short, so that its row is padded."""
-    if isinstance(backbone.preprocess, TextShapes):
-        mask = torch.arange(7) < torch.tensor([3, 7, 7, 6])[:, None]
-        return {"input_ids": torch.arange(28).reshape(4, 7) % 20, "attention_mask": mask.long()}, mask
-    raw = TEXTS if backbone.arch.modality == "text" else list(make_images(4).raw)
-    return backbone.preprocess.collate(backbone.preprocess.prepare(raw))
 
 
 def entered(backbone: Backbone, first: int) -> tuple[Inputs, Inputs, Tensor]:
@@ -136,7 +117,7 @@ def test_the_weights_before_the_first_block_are_gone(tiny_bert: Backbone) -> Non
 
 
 def test_t5_takes_its_position_bias_along() -> None:
-    suffix = Suffix(tiny_t5(), 2)
+    suffix = Suffix(t5_encoder(), 2)
     held = [name for name, p in suffix.module.named_parameters() if "relative_attention_bias" in name and p.numel()]
     assert held == ["encoder.block.2.layer.0.SelfAttention.relative_attention_bias.weight"]
 

@@ -121,6 +121,16 @@ def test_a_peak_is_the_largest_over_seeds_and_none_when_no_run_has_it(tmp_path: 
     assert row["unavailable"]["peak_device_bytes"]
 
 
+def test_a_start_from_squared_gradients_is_a_mean_of_seconds_and_the_largest_peak(tmp_path: Path) -> None:
+    outcome = make_outcome(tmp_path, {"lst": ALIKE[:2]})
+    (plain,) = rows(outcome)
+    assert plain["initialisation"] is None
+    for record, seconds, peak in zip(outcome.runs[0].records, (1.0, 3.0), (9, 5), strict=True):
+        record.measured["initialisation"] = {"examples": 7, "seconds": seconds, "peak_tracked_bytes": peak}  # type: ignore[index]
+    (row,) = rows(outcome)
+    assert row["initialisation"] == {"examples": 7, "seconds": 2.0, "peak_tracked_bytes": 9}
+
+
 def test_the_document_names_what_was_skipped_and_where_the_records_are(tmp_path: Path) -> None:
     outcome = make_outcome(tmp_path, {"linear_probe": PROBE, "better": BETTER})
     object.__setattr__(outcome, "skipped", {"vpt": "no blocks"})

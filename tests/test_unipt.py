@@ -11,7 +11,7 @@ from sidebench.adapters._tokens import relu_l1, relu_l1_clamped
 from sidebench.adapters._unipt_parallel import confidences
 from sidebench.adapters._unipt_single import SingleAnchor
 from sidebench.adapters.unipt import Config, MlpAnchor, TokenAnchor, UniPT
-from sidebench.cache.backbone import Architecture
+from sidebench.cache.architecture import Architecture
 
 Rows = list[list[float]]
 STATES = ("embeddings", "blocks.0", "blocks.1", "blocks.2")

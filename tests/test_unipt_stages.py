@@ -12,7 +12,7 @@ from sidebench.adapters._tokens import relu_l1
 from sidebench.adapters._unipt_parallel import confidences
 from sidebench.adapters._unipt_stages import StageAnchor, cell_weights
 from sidebench.adapters.unipt import Config, UniPT
-from sidebench.cache.backbone import Architecture
+from sidebench.cache.architecture import Architecture
 
 GRIDS = {"stages.0": (8, 4), "stages.1": (4, 4), "stages.2": (2, 2)}  # cells of 4 x 2 and 2 x 2 pixels
 WIDTHS = {"stages.0": 3, "stages.1": 4, "stages.2": 6}

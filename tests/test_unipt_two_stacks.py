@@ -1,16 +1,23 @@
 """UniPT on an encoder and its decoder against a naive float64 reference, and from a cache as beside the live T5."""
 
-import copy
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from method_cases import Exact
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from toys import ToyExamples, build_store, prepare
+from toys import ToyExamples
+from two_stacks import (
+    check_a_cache_trains_as_the_live_backbone,
+    check_a_step_is_predicted,
+    check_the_loss_falls,
+    lean_and_plain,
+    numbers_kept,
+    random_stacks,
+)
 
 from sidebench.adapters import _recompute
 from sidebench.adapters._base import Batch, Body
@@ -18,17 +25,10 @@ from sidebench.adapters._unipt_parallel import confidences
 from sidebench.adapters._unipt_two_stacks import SideStack, TwoStacks, read, taps
 from sidebench.adapters.unipt import Config, UniPT
 from sidebench.bench.choice import refusal
-from sidebench.bench.device_memory import DeviceMeter
-from sidebench.bench.learner import CachedSource, Learner
-from sidebench.bench.measure import measure_training
-from sidebench.bench.predict import Step, predict
-from sidebench.bench.training import Settings
-from sidebench.cache.backbone import Architecture, Backbone
+from sidebench.cache.architecture import Architecture
+from sidebench.cache.backbone import Backbone
 from sidebench.cache.configs import config_backbone
 from sidebench.cache.form import Form
-from sidebench.cache.pooling import masked_mean
-from sidebench.cache.store import LiveStore
-from sidebench.cache.zarr_store import ZarrStore
 
 Vector = NDArray[np.float64]
 ARCH = Architecture(
@@ -37,22 +37,7 @@ ARCH = Architecture(
 ENCODER, DECODER = taps(ARCH)
 WIDTHS = {**dict.fromkeys(ENCODER, 5), **dict.fromkeys(DECODER, 6), "decoder.blocks.1": 4}
 TEXTS, TARGETS = (4, 7, 2), (3, 1, 4)  # tokens of each example in the encoder, and in a decoder that is padded too
-lean_and_plain = pytest.mark.parametrize("lean", [True, False], ids=["lean", "plain"])
-
-
-def states(*, more: int = 0, noise: float = 0.0, seed: int = 0) -> Exact:
-    """Random states; padding, `more` of it than needed, is zero or noise."""
-    generator = torch.Generator().manual_seed(seed)
-    found, masks = {}, {}
-    for layers, lengths in ((ENCODER, TEXTS), (DECODER, TARGETS)):
-        longest = max(lengths)
-        mask = torch.arange(longest + more) < torch.tensor(lengths)[:, None]
-        for layer in layers:
-            real = torch.randn(3, longest, WIDTHS[layer], generator=generator, dtype=torch.float64)
-            padded = nn.functional.pad(real, (0, 0, 0, more))
-            found[layer] = torch.where(mask[..., None], padded, noise * torch.ones_like(padded).cumsum(2))
-            masks[layer] = mask
-    return Exact(masks[DECODER[-1]], found, {}, {layer: masks[layer] for layer in ENCODER})
+states = partial(random_stacks, (ENCODER, TEXTS), (DECODER, TARGETS), WIDTHS)
 
 
 def shaken(*, lean: bool = True, arch: Architecture = ARCH) -> TwoStacks:
@@ -168,17 +153,9 @@ def test_lean_and_plain_have_the_same_gradients(tokens: int, monkeypatch: pytest
 
 
 def test_lean_keeps_the_sum_of_the_decoders_guides_and_its_normaliser() -> None:
-    def numbers(body: TwoStacks) -> int:
-        batch = states()
-        there = {t.data_ptr() for t in (*body.parameters(), *batch.activations.values())}
-        kept: dict[int, Tensor] = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
-            body(batch)
-        return sum(t.numel() for at, t in kept.items() if at not in there)
-
     lean = len(TARGETS) * (max(TARGETS) * 4 + 1)
-    assert numbers(shaken(lean=True)) == lean
-    assert numbers(shaken(lean=False)) > 10 * lean
+    assert numbers_kept(shaken(lean=True), states()) == lean
+    assert numbers_kept(shaken(lean=False), states()) > 10 * lean
 
 
 # --- its parts -------------------------------------------------------------------------------------------------------
@@ -295,48 +272,12 @@ def test_the_forms_for_one_stack_say_so_on_two() -> None:
 def test_a_cache_of_t5_trains_it_as_the_live_backbone_does(
     tiny_t5: Backbone, text_examples: ToyExamples, tmp_path: Path
 ) -> None:
-    backbone = copy.deepcopy(tiny_t5)
-    method = UniPT()
-    layers = method.layers(backbone.arch)
-    assert layers == ("embeddings", "blocks.1", "blocks.2", "decoder.blocks.0", "norm")
-    cached = ZarrStore(build_store(backbone, text_examples, tmp_path, dtype="float32", layers=layers).folder)
-    live = LiveStore(backbone, prepare(backbone, text_examples))
-    index = np.array([3, 0, 17, 8])
-    found = []
-    for store in (cached, live):
-        torch.manual_seed(5)
-        body = method.build(
-            backbone.arch, dict.fromkeys(layers, backbone.arch.width), lambda: pytest.fail("no weights")
-        )
-        recorded = store.read(index, layers)
-        batch = Batch(recorded.mask, recorded.layers, masks=recorded.masks)
-        assert not batch.mask_of("blocks.2").all()
-        out = body(batch)
-        assert out.shape == (4, 1, backbone.arch.width)
-        loss = (masked_mean(out, batch.mask) * torch.arange(out.shape[2])).square().mean()
-        loss.backward()
-        found.append((out, {name: p.grad for name, p in body.named_parameters()}))
-    (out, gradients), (live_out, live_gradients) = found
-    torch.testing.assert_close(out, live_out, atol=1e-5, rtol=1e-5)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, live_gradients[name], atol=1e-5, rtol=1e-4)
+    assert UniPT().layers(tiny_t5.arch) == ("embeddings", "blocks.1", "blocks.2", "decoder.blocks.0", "norm")
+    check_a_cache_trains_as_the_live_backbone(UniPT(), tiny_t5, text_examples, tmp_path)
 
 
 def test_the_loss_falls_on_t5_though_the_head_stands_still(tiny_t5: Backbone, text_examples: ToyExamples) -> None:
-    layers, targets = UniPT().layers(tiny_t5.arch), torch.from_numpy(text_examples.targets)[:16]
-    recorded = LiveStore(tiny_t5, prepare(tiny_t5, text_examples)).read(np.arange(16), layers)
-    torch.manual_seed(0)
-    body, head = built(tiny_t5.arch), torch.randn(2, tiny_t5.arch.width)
-    optimizer = torch.optim.AdamW(body.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(40):
-        out = body(Batch(recorded.mask, recorded.layers, masks=recorded.masks))[:, 0]
-        loss = nn.functional.cross_entropy(out @ head.T, targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < 0.5 * losses[0], losses
+    check_the_loss_falls(UniPT(), tiny_t5, text_examples, 40)
 
 
 @lean_and_plain
@@ -344,19 +285,4 @@ def test_the_loss_falls_on_t5_though_the_head_stands_still(tiny_t5: Backbone, te
 def test_a_step_on_t5_is_predicted(
     tiny_t5: Backbone, text_examples: ToyExamples, tmp_path: Path, lean: bool, precision: str
 ) -> None:
-    method = UniPT(Config(lean=lean))
-    layers = method.layers(tiny_t5.arch)
-    store = ZarrStore(build_store(tiny_t5, text_examples, tmp_path, dtype="float16").folder)
-    body = built(tiny_t5.arch, lean=lean)
-    source = CachedSource(store, layers, torch.device("cpu"), store.lengths())
-    (batch,) = source.batches([np.arange(8)])
-    learner = Learner(body, 2, "mean", 0)
-    settings = Settings(0, 1, 8, method.config.lr, method.config.weight_decay, precision)
-    targets = torch.zeros(8, dtype=torch.long)
-    measured = measure_training(learner, batch, targets, settings, DeviceMeter(torch.device("cpu"))).values
-    longest = batch.mask_of("embeddings").shape[1]
-    step = Step(8, 2, precision, "cpu", form=Form(dtype="float16"), max_length=longest)
-    found = predict(method, tiny_t5, step).peak
-    if precision == "fp32":
-        assert found.by_category == measured["memory_by_category"]
-    assert found.peak_bytes == pytest.approx(measured["peak_tracked_bytes"], rel=0 if precision == "fp32" else 0.003)
+    check_a_step_is_predicted(UniPT(Config(lean=lean)), tiny_t5, text_examples, tmp_path, precision)

@@ -17,7 +17,8 @@ from sidebench.adapters._base import Batch, trained
 from sidebench.adapters._blocks import SideBlock
 from sidebench.adapters.vqt import VQT, Config, FrozenBlock, QueriedBlocks
 from sidebench.bench.choice import refusal
-from sidebench.cache.backbone import Architecture, Backbone
+from sidebench.cache.architecture import Architecture
+from sidebench.cache.backbone import Backbone
 from sidebench.cache.block_weights import BackboneWeights, BlockWeights, read_weights
 from sidebench.cache.errors import SidebenchError
 from sidebench.cache.form import Form
@@ -165,9 +166,10 @@ def test_the_final_tokens_can_be_summed_up_by_their_mean(tiny_dinov2: Backbone) 
     backbone = copy.deepcopy(tiny_dinov2)
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     batch = batch_of(VQT(), backbone, list(pixels))
-    body = VQT(Config(summary="mean")).build(backbone.arch, WIDTHS32, lambda: read_weights(backbone))
-    patches = batch.state("norm")[:, backbone.arch.prefix_tokens :]
-    torch.testing.assert_close(body(batch)[:, :32], patches.mean(1))
+    for prefix_tokens in (1, 3):  # the class token alone, and with two registers
+        arch = dataclasses.replace(backbone.arch, prefix_tokens=prefix_tokens)
+        body = VQT(Config(summary="mean")).build(arch, WIDTHS32, lambda: read_weights(backbone))
+        torch.testing.assert_close(body(batch)[:, :32], batch.state("norm")[:, prefix_tokens:].mean(1))
     texts = random_states(("embeddings", "blocks.0", "norm"), WIDTHS32, (2, 4))
     arch = dataclasses.replace(backbone.arch, prefix_tokens=0)
     body = VQT(Config(summary="mean")).build(arch, WIDTHS32, lambda: read_weights(backbone)).double()
@@ -227,11 +229,16 @@ def test_a_vit_b_trains_9_216_parameters_and_hands_out_9_984_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("modality", "bound"), [("image", (6 / (3 * 16**2 + 768)) ** 0.5), ("text", (6 / 1536) ** 0.5)]
+    ("modality", "rows", "bound"),
+    [
+        ("image", 3 * 16**2, (6 / (3 * 16**2 + 768)) ** 0.5),
+        ("image", 3 * 8**2, (6 / (3 * 8**2 + 768)) ** 0.5),
+        ("text", 30_522, (6 / 1536) ** 0.5),
+    ],
 )
-def test_queries_start_uniform_within_the_bound_of_the_patch_embedding(modality: str, bound: float) -> None:
+def test_queries_start_uniform_within_the_bound_of_the_patch_embedding(modality: str, rows: int, bound: float) -> None:
     arch = dataclasses.replace(BASE, modality=modality)
-    queries = QueriedBlocks(arch, weights_of(arch, 768 if modality == "image" else 30_522, "meta"), 2).queries.detach()
+    queries = QueriedBlocks(arch, weights_of(arch, rows, "meta"), 2).queries.detach()
     assert 0.99 * bound < float(queries.abs().max()) <= bound
     assert float(queries.std()) == pytest.approx(bound / 3**0.5, rel=0.05)
 
@@ -285,10 +292,10 @@ def test_the_queries_apart_keep_a_fraction_of_what_the_joint_form_keeps(arch: Ar
     batch = Batch(exact.mask, states)
     torch.testing.assert_close(body(batch), joint(batch), atol=1e-5, rtol=1e-5)
     together = saved_bytes(joint, batch, joint.parameters())
-    body.lean = False
-    plain = saved_bytes(body, batch, body.parameters())
-    body.lean = True
-    lean = saved_bytes(body, batch, body.parameters())
+    lean, plain = (
+        saved_bytes(body, batch, body.parameters())
+        for body in (VQT(Config(lean=on)).build(arch, widths, lambda: weights_of(arch)) for on in (True, False))
+    )
     assert 8 * plain < together
     assert 20 * lean < plain
 

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from sidebench.cache.backbone import Architecture, Backbone
+from sidebench.cache.architecture import Architecture
+from sidebench.cache.backbone import Backbone
 from sidebench.cache.build import BuildResult, CaptureOptions, build, plan
 from sidebench.cache.examples import Modality
 from sidebench.cache.load import load_backbone
