@@ -33,9 +33,9 @@ bench: .venv/installed
 TARGET ?= digits
 PVP := --backbone sample:dinov2-small --image-size 56
 pvp: .venv/installed
-	$(BIN)/bench pretrain $(PVP) --task sample:mnist-5k --method vpt --epochs 1 --zero-shot sample:digits --out runs/pvp/vpt.safetensors
-	$(BIN)/bench pretrain $(PVP) --task sample:mnist-5k --method lora --epochs 1 --zero-shot sample:digits --out runs/pvp/lora.safetensors
-	$(BIN)/bench compare $(PVP) --task sample:$(TARGET) --shots 1,2,4,8,16 --seeds 0,1,2 --steps 40 --batch-size 16 --lr auto \
+	$(BIN)/bench pretrain $(PVP) --task sample:mnist-5k --method vpt --epochs 1 --batch-size 80 --zero-shot sample:digits --out runs/pvp/vpt.safetensors
+	$(BIN)/bench pretrain $(PVP) --task sample:mnist-5k --method lora --epochs 1 --batch-size 80 --zero-shot sample:digits --out runs/pvp/lora.safetensors
+	$(BIN)/bench compare $(PVP) --task sample:$(TARGET) --shots 1,2,4,8,16 --seeds 0,1,2 --steps 40 --batch-size 16 \
 		--methods linear_probe,vpt,vpt@runs/pvp/vpt.safetensors,lora,lora@runs/pvp/lora.safetensors
 
 .venv/installed: pyproject.toml constraints.txt

@@ -81,10 +81,13 @@ def compare(
         str | None, typer.Option(help="Few-shot: training examples of each class, e.g. 1,2,4,8,16.")
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training part.")] = 10,
-    steps: Annotated[int | None, typer.Option(min=1, help="In place of --epochs: training steps, at most.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="In place of --epochs: as many as these steps allow.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per training step.")] = 32,
     lr: Annotated[
-        str | None, typer.Option(help="auto, a number, or several with commas to choose on validation.")
+        str | None,
+        typer.Option(help="auto (the default with --shots), a number, or several to choose from on validation."),
     ] = None,
     precision: Annotated[str, typer.Option(help="fp32 or bf16 (mixed).")] = "fp32",
     limit: Limit = None,

@@ -39,6 +39,8 @@ def compare(
     listener = listener or Listener()
     if request.shots and min(request.shots) < 1:
         raise SidebenchError(f"--shots wants numbers of 1 or more; found {min(request.shots)}.")
+    if request.shots and request.lr is None:
+        request = replace(request, lr="auto")  # what starts elsewhere wants another rate; few shots make trials cheap
     family = family_of(request.inputs.task)
     asked = chosen_methods(request.methods, request.settings, family)
     named = [n for n, _ in asked]

@@ -24,7 +24,7 @@ class Request:
     epochs: int = 10
     steps: int | None = None  # at most so many training steps, in place of `epochs`
     batch_size: int = 32
-    lr: str | None = None  # None: each method's default; "auto"; or "X,Y,Z"
+    lr: str | None = None  # "auto"; or "X,Y,Z"; None: each method's default, with shots "auto"
     split_seed: int = 0
     precision: str = "fp32"
     capture: CaptureOptions = field(default_factory=CaptureOptions)

@@ -55,6 +55,8 @@ class Display:
         name = f"{job.method} seed {job.seed}"
         kind = event.get("event")
         if kind == "epoch":
+            if event["epoch"] % max(event["epochs"] // 10, 1) and event["epoch"] < event["epochs"]:
+                return  # few shots make short epochs, and hundreds of them
             loss = f", loss {event['loss']:.4f}" if "loss" in event else ""
             self.say(
                 f"{name}: epoch {event['epoch']}/{event['epochs']}{loss}, validation {100 * event['val_score']:.2f} %"

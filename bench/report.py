@@ -106,7 +106,7 @@ def markdown(outcome: Outcome, rows: Sequence[Row], compared: Sequence[Compared]
     if lines := _initialisations(rows):
         parts += ["## Initialisation", bullets(lines)]
     if lines := pretrained_modules([record for runs in outcome.runs for record in runs.records]):
-        parts += ["## Pre-trained modules", bullets([text(line) for line in lines])]
+        parts += ["## Pre-trained modules", bullets(lines)]
     if outcome.store:
         parts += ["## Activation cache", _cache(outcome.store)]
     parts += ["## Learning rates", _rates(outcome, rows), "## World", _world(outcome)]

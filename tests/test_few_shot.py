@@ -214,7 +214,7 @@ def test_the_learning_rate_is_chosen_once_at_four_shots_of_the_first_seed(
         return here(job, folder, listener)
 
     monkeypatch.setattr(launching, "spawn", spawning(run))
-    outcome = _compare(request_for("unipt", lr="auto", shots=(1, 2), seeds=(1, 0)), place, "rates")
+    outcome = _compare(request_for("unipt", lr=None, shots=(1, 2), seeds=(1, 0)), place, "rates")
     assert trials == [(1, LR_SHOTS)]
     assert len({record.measured and record.measured["lr"] for record in outcome.records["unipt"]}) == 1
     assert "at 4 shots of seed 1" in markdown(outcome, rows(outcome), comparisons(outcome))
