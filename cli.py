@@ -121,13 +121,11 @@ def compare(
 ) -> None:
     """Train and test methods on one backbone and task, and report accuracy, memory and time side by side."""
     from .bench.compare import compare
-    from .bench.few_shot_report import draw_curve
+    from .bench.finish import finish
     from .bench.outcome import Request
     from .bench.prepare import Inputs
-    from .bench.record import write_text
-    from .bench.report import failures, markdown, print_table, skipped, verdicts
+    from .bench.report import print_table
     from .bench.suite import compare_suite, show_suite, suite_of
-    from .bench.table import comparisons, document, rows
     from .cache.build import CaptureOptions
     from .cache.home import home
 
@@ -165,17 +163,13 @@ def compare(
         outcome = compare(
             request, home=home(), cache_dir=caches(cache_dir), runs_dir=runs_dir, listener=display.listener()
         )
-    table, compared, report = rows(outcome), comparisons(outcome), outcome.folder / "report.md"
-    undrawn = draw_curve(outcome, table) if outcome.few_shot_sizes else None
-    write_text(report, markdown(outcome, table, compared))
+    finished = finish(outcome)
     if as_json:
-        print(json.dumps(document(outcome, table, compared, report), indent=1))
+        print(json.dumps(finished.document, indent=1))
     else:
-        print_table(table, outcome.score_name)
-        sentences = [undrawn] if undrawn else []
-        sentences += [*failures(table), *skipped(outcome), *verdicts(outcome, compared)]
-        print("\n".join([*sentences, f"report: {report}"]))
-    if any(row["error"] for row in table):
+        print_table(finished.table, outcome.score_name)
+        print("\n".join(finished.sentences))
+    if any(row["error"] for row in finished.table):
         raise typer.Exit(1)
 
 

@@ -46,6 +46,10 @@ def facts_from(text: str) -> Facts:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SidebenchError(f"its facts are no JSON: {type(error).__name__}.") from None
+    try:
+        json.dumps(document, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        raise SidebenchError("its facts hold a number that is not finite, or half a character.") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else document
         raise SidebenchError(f"its format is {str(found)[:60]!r}; this version reads {FORMAT!r}.")

@@ -37,6 +37,8 @@ class Blocks:
         """
         if theirs == ours:
             return list(range(ours))
+        if self.theirs < 1:
+            return None
         for before in (0, 1):
             each, rest = divmod(theirs - before, self.theirs)
             if each and not rest and ours - before == each * self.ours:

@@ -25,6 +25,7 @@ from .learner import CachedSource, Learner, LiveSource, Source
 from .measure import Memory
 from .record import Job
 from .tasks.base import Pooling, Task
+from .training import Settings, optimizer_of, schedule_of
 
 
 @dataclass
@@ -123,6 +124,12 @@ def _assemble_live(job: Job, method: LiveMethod, device: torch.device, shared: S
 def _learner(job: Job, body: Body, prefix_tokens: int) -> Learner:
     pooling: Pooling = "cls" if job.pooling == "cls" else "mean"
     return Learner(body, job.num_outputs, pooling, prefix_tokens)
+
+
+def settings_of(job: Job, method: Method, lr: float, examples: int) -> Settings:
+    """How a job trains on so many examples."""
+    chosen, decay = (optimizer_of(method), *schedule_of(method)), method.config.weight_decay
+    return Settings(job.seed, job.epochs_of(examples), job.batch_size, lr, decay, job.precision, job.score, *chosen)
 
 
 def shapes_of(batch: Batch) -> Any:

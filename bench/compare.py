@@ -62,9 +62,9 @@ def compare(
         allow_overlap=request.allow_overlap,
         say=listener.say,
     )
-    facts = data_facts(source.manifest)
+    facts = data_facts(source.manifest, prepared.task)
     folder = runs_dir / folder_name(request, facts)
-    drawn = _few_shots(request, prepared.task, parts)
+    drawn = _few_shots(request, prepared.task, parts, choosing=any(len(tried) > 1 for tried in rates.values()))
     _begin_folder(folder, {split_name(None, 0): parts, **{split_name(*key): found for key, found in drawn.items()}})
     built = _store(request, prepared, planned, chosen, listener)
     device = str(resolve_device(request.inputs.device, lambda _: None))
@@ -84,7 +84,7 @@ def compare(
         None if built is None else _store_facts(built),
         view,
         family_options(list(jobs), request.settings, family, lr_typed=request.lr not in (None, "auto")),
-        {shots: found.sizes() for (shots, _), found in drawn.items()},
+        {shots: found.sizes() for (shots, _), found in drawn.items() if shots in request.shots},
         _twins(list(jobs)),
     )
 
@@ -94,13 +94,18 @@ def _twins(named: Sequence[Named]) -> dict[str, str]:
     return {n.text: n.twin for n in named if n.twin is not None and n.twin in texts}
 
 
-def _few_shots(request: Request, task: Task, parts: Split) -> dict[tuple[int, int], Split]:
-    """The parts of each (shots, seed), that of the choice of learning rates among them."""
+def _few_shots(request: Request, task: Task, parts: Split, *, choosing: bool) -> dict[tuple[int, int], Split]:
+    """The parts of each (shots, seed), and of what learning rates are chosen on, where any are."""
     if not request.shots:
         return {}
     wanted = [(shots, seed) for shots in request.shots for seed in request.seeds]
-    chosen_at = [] if request.lr is None else [(LR_SHOTS, request.seeds[0])]
-    return {key: few_shot(task, parts, *key) for key in dict.fromkeys([*wanted, *chosen_at])}
+    found = {key: few_shot(task, parts, *key) for key in wanted}
+    if choosing and (key := (LR_SHOTS, request.seeds[0])) not in found:
+        try:
+            found[key] = few_shot(task, parts, *key)
+        except SidebenchError as error:
+            raise SidebenchError(f"learning rates are chosen at {LR_SHOTS} shots: {error} Or type one --lr.") from None
+    return found
 
 
 def _run(request: Request, job: Job, folder: Path, listener: Listener) -> list[Runs]:

@@ -18,6 +18,8 @@ from ..cache.store import Index
 from .learner import Learner, Source
 from .training import Settings, autocast
 
+PROJECTION = 128  # how wide the projection is
+
 
 @dataclass(frozen=True)
 class Contrastive:

@@ -81,8 +81,9 @@ def _gains(gained: Sequence[Compared]) -> str:
         [
             table(head, body),
             "Against the same method from its own random initialisation, on the same training, validation and test "
-            "examples, with the same head and order; the learning rate of each arm is chosen as said above. 95 % over "
-            "seeds: Student t of the seeds' differences. 95 % over test examples: paired bootstrap.",
+            "examples, with the same head and order; the learning rate of each arm is chosen as said below. 95 % over "
+            "seeds: Student t of the seeds' differences. 95 % over test examples: paired bootstrap. The verdict is on "
+            "these trained models and other test examples.",
         ]
     )
 
@@ -95,6 +96,7 @@ def draw_curve(outcome: Outcome, rows: Sequence[Row]) -> str | None:
     try:
         import matplotlib as mpl
     except ImportError:
+        (outcome.folder / CURVE).unlink(missing_ok=True)  # of an earlier comparison
         return "the curve over shots is not drawn: matplotlib is not installed (pip install 'sidebench[plots]')."
     from matplotlib.figure import Figure
 

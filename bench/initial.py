@@ -1,9 +1,10 @@
 """`vpt@FILE.safetensors` in a comparison: refused before anything runs, or said in its jobs and records."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from ..adapters._base import Method
+from ..adapters._base import LiveMethod, Method
 from ..adapters._pretrained import HASH_BYTES, Pretrained, check_fit, load_into, read_pretrained
 from ..adapters._pretrained_facts import Facts
 from ..adapters._registry import Named, config_facts, find_method
@@ -58,7 +59,9 @@ def initialisations(
         assert named.init is not None
         file = read_pretrained(named.init)
         check_fit(file, module_facts(named, method, backbone), mappings)
-        _say_what_differs(named, file, manifest, say)
+        differing = _differing(file, manifest, task, cached=not isinstance(method, LiveMethod))
+        if differing:
+            say(f"{named.text}: pre-trained otherwise ({differing}); loaded all the same")
         shared = _shared(file, hashes, parts)
         if any(shared.values()) and not allow_overlap:
             counts = ", ".join(f"{count} {part}" for part, count in shared.items())
@@ -72,6 +75,7 @@ def initialisations(
             "backbone": backbone,
             "mappings": list(mappings),
             "overlap": shared,
+            "differing": differing,
             **{field: dict(getattr(file.facts, field)) for field in ("source", "training", "result")},
         }
     return found
@@ -92,6 +96,8 @@ def sentences(records: Sequence[RunRecord]) -> list[str]:
         ]
         if record.measured is not None:
             lines += record.measured.get("mapped", ())
+        if init["differing"]:
+            lines.append(f"pre-trained otherwise: {init['differing']}")
         if any(overlap.values()):
             counts = ", ".join(f"{count} of {part}" for part, count in overlap.items())
             lines.append(f"--allow-overlap: these examples of this task were in that source: {counts}")
@@ -99,13 +105,17 @@ def sentences(records: Sequence[RunRecord]) -> list[str]:
     return list(found.values())
 
 
-def _say_what_differs(named: Named, file: Pretrained, manifest: Manifest, say: Say) -> None:
-    theirs, ours = file.facts.preprocessing, manifest.preprocessing
-    if differing := sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key)):
-        said = ", ".join(
-            f"{key} {str(theirs.get(key))[:40]} then and {str(ours.get(key))[:40]} now" for key in differing
-        )
-        say(f"{named.text}: pre-trained with other preprocessing ({said}); loaded all the same")
+def _differing(file: Pretrained, manifest: Manifest, task: Task, *, cached: bool) -> str:
+    """What the modules saw otherwise than they will here, though they fit."""
+    theirs = {**file.facts.preprocessing, "pooling": file.facts.source.get("pooling")}
+    ours = {**manifest.preprocessing, "pooling": task.pooling}
+    if cached:
+        theirs["activations"], ours["activations"] = file.facts.training.get("activations"), asdict(manifest.form)
+    return ", ".join(
+        f"{key} {str(theirs.get(key))[:40]} then and {str(ours.get(key))[:40]} now"
+        for key in sorted({*theirs, *ours})
+        if theirs.get(key) != ours.get(key)
+    )
 
 
 def _shared(file: Pretrained, hashes: Sequence[bytes], parts: Split) -> dict[str, int]:
@@ -116,10 +126,9 @@ def _shared(file: Pretrained, hashes: Sequence[bytes], parts: Split) -> dict[str
 
 def begin_pretrained(job: Job, method: Method, learner: Learner) -> list[str]:
     """Put the file's tensors into a learner that was built as ever; says what was mapped. It draws nothing."""
-    if job.init is None:
-        return []
     named = find_method(job.method)
     assert named.init is not None
+    assert job.init is not None
     file = read_pretrained(named.init)
     if file.sha256 != job.init["sha256"]:
         raise SidebenchError(f"{named.init} was changed since the comparison began; start it again.")

@@ -15,6 +15,7 @@ from ..cache.manifest import Manifest, canonical_json
 from .outcome import Request
 from .prepare import Prepared
 from .record import Job
+from .tasks.base import Task
 from .tasks.load import family_of
 
 LR_SHOTS = 4  # the learning rate of all shots is chosen once, at so many and the first seed
@@ -97,14 +98,20 @@ def _typed_rates(text: str) -> tuple[float, ...]:
     return rates
 
 
-def data_facts(manifest: Manifest) -> dict[str, str]:
+def data_facts(manifest: Manifest, task: Task) -> dict[str, str]:
     """Hashes of what the runs are about, so that a record is reused only for the same data and weights."""
     backbone = manifest.backbone
-    return {
+    own_parts = {} if task.parts is None else {"parts": parts_sha256(task)}  # the content's hash knows none of them
+    return own_parts | {
         "dataset": str(manifest.dataset["sha256"]),
         "weights": str(backbone.get("weights_sha256") or backbone.get("features_sha256")),
         "preprocessing": hashlib.sha256(canonical_json(manifest.preprocessing).encode()).hexdigest(),
     }
+
+
+def parts_sha256(task: Task) -> str:
+    """Hash of the parts that a task names itself."""
+    return hashlib.sha256(canonical_json(list(task.parts or ())).encode()).hexdigest()
 
 
 def folder_name(request: Request, facts: Mapping[str, str]) -> str:

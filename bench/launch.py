@@ -126,7 +126,7 @@ def _spawn_once(jobs: Sequence[Job], folder: Path, listener: Listener) -> list[s
             process.kill()  # after Ctrl-C; a process that has ended does not mind
             process.wait()
             jobs_path.unlink(missing_ok=True)
-    if code == 0:
+    if code == 0 and len(ended) == len(jobs):
         log_path.unlink(missing_ok=True)
         return ended
     if begun != len(ended) or not ended:  # it died, and did not say why

@@ -17,7 +17,7 @@ def bullets(lines: Sequence[str]) -> str:
 def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """A table; the first column is text, the others figures."""
     lines = [
-        _line(head),
+        _line([text(name) for name in head]),
         _line(["---", *("---:" for _ in head[1:])]),
         *(_line([text(c) for c in row]) for row in body),
     ]

@@ -22,7 +22,7 @@ class Request:
     seeds: tuple[int, ...] = (0, 1, 2)
     shots: tuple[int, ...] = ()  # few-shot: so many training examples of each class, one after the other
     epochs: int = 10
-    steps: int | None = None  # at most so many training steps, in place of `epochs`
+    steps: int | None = None  # in place of `epochs`: as many as so many steps allow, one at least
     batch_size: int = 32
     lr: str | None = None  # "auto"; or "X,Y,Z"; None: each method's default, with shots "auto"
     split_seed: int = 0

@@ -24,10 +24,10 @@ from ..cache.errors import SidebenchError
 from ..cache.manifest import canonical_json
 from ..cache.memory_store import place, tier_named
 from ..cache.zarr_store import ZarrStore
-from .assemble import Initial, Shared, assemble, seeded
+from .assemble import Initial, Shared, assemble, seeded, settings_of
 from .choice import refusal
 from .compare import check_pooling
-from .contrastive import Contrastive
+from .contrastive import PROJECTION, Contrastive
 from .initial import layers_read
 from .jobs import code_sha256
 from .learner import CachedSource, Learner
@@ -39,7 +39,7 @@ from .tasks.base import Split
 from .tasks.contents import example_hashes
 from .tasks.load import family_of
 from .tasks.split import split as split_task
-from .training import SUPERVISED, Diverged, Objective, Settings, Trained, load_trained, optimizer_of, schedule_of, train
+from .training import SUPERVISED, Diverged, Objective, Trained, load_trained, train
 from .zero_shot import Control, control_of
 
 
@@ -65,7 +65,7 @@ def pretrain(
         resume.remove()
     elif request.out.exists() and not resume.path.exists():  # else it is about to be written over, as --fresh asked
         return _finished(request, facts, say)
-    control = control_of(request.zero_shot, prepared, method, request.capture, home, say, progress)
+    control = control_of(request.zero_shot, prepared, method, request.capture, request.split_seed, home, say, progress)
     built = _store(prepared, planned, method, say, progress)
     hashes = example_hashes(prepared.task.examples, HASH_BYTES)[np.concatenate([parts.train, parts.val])]
     job = _job(request, named, method, prepared, facts, built)
@@ -122,7 +122,7 @@ def _job(
         precision=request.precision,
         device=str(resolve_device(inputs.device, lambda _: None)),
         data={},
-        num_outputs=request.projection if contrastive else task.num_outputs,
+        num_outputs=PROJECTION if contrastive else task.num_outputs,
         pooling=task.pooling,
         store=None if built is None else str(built.folder.absolute()),
         views=request.capture.views,
@@ -157,7 +157,7 @@ def _train(
         score = f"{'score' if objective is SUPERVISED else 'negative loss'} {event['val_score']:.4f}"
         say(f"epoch {event['epoch']}/{event['epochs']}, loss {event['loss']:.4f}, validation {score}")
 
-    settings = _settings(job, method)
+    settings = settings_of(job, method, job.lrs[0], len(parts.train))
     with seeded(job.seed):
         found = train(
             made.learner, source, targets, parts.train, parts.val, settings, tell, objective, checkpoints=resume
@@ -175,11 +175,6 @@ def _train(
     status = "resumed" if resume.epochs else "trained"
     document = _document(status, request, facts, read_pretrained(request.out).sha256)
     return document | _sizes(made.learner, found, time.perf_counter() - begun) | {"zero_shot": tried}
-
-
-def _settings(job: Job, method: Method) -> Settings:
-    chosen, decay = (optimizer_of(method), *schedule_of(method)), method.config.weight_decay
-    return Settings(job.seed, job.epochs, job.batch_size, job.lrs[0], decay, job.precision, job.score, *chosen)
 
 
 def _sizes(learner: Learner, found: Trained, seconds: float) -> dict[str, Any]:

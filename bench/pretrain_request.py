@@ -14,8 +14,11 @@ from ..adapters._registry import SUFFIX, Named
 from ..cache.build import CaptureOptions, Plan
 from ..cache.errors import SidebenchError, unknown
 from .choice import chosen_methods
+from .contrastive import PROJECTION
 from .initial import backbone_facts, layers_read, module_facts
+from .jobs import parts_sha256
 from .prepare import Inputs, Prepared
+from .record import epochs_within
 from .tasks.base import Split
 from .tasks.load import family_of
 
@@ -32,7 +35,6 @@ class PretrainRequest:
     out: Path
     objective: str = "supervised"
     temperature: float = 0.1
-    projection: int = 128  # how wide the throw-away projection is that takes the head's place
     seed: int = 0
     epochs: int = 10
     steps: int | None = None  # at most so many, in whole epochs, in place of `epochs`
@@ -61,12 +63,14 @@ def method_of(request: PretrainRequest) -> tuple[Named, Method]:
         raise SidebenchError(f"{named.text} is solved, not trained in steps: it has no modules to pre-train.")
     if named.init is not None:
         raise SidebenchError(f"pre-training begins at the method's own initialisation; type --method {named.twin}.")
+    if request.seed >= 2**63:
+        raise SidebenchError(f"--seed wants a number from 0 to 2^63 - 1; found {request.seed}.")
     if request.lr is not None and not 0 < request.lr < float("inf"):
         raise SidebenchError(f"--lr wants a positive number; found {request.lr:g}.")
     if request.objective == "contrastive":
         if request.capture.views < 2:
             raise SidebenchError("--objective contrastive compares two views of an example; type --views 2, or more.")
-        if request.batch_size < 2 or not 0 < request.temperature < float("inf") or request.projection < 1:
+        if request.batch_size < 2 or not 0 < request.temperature < float("inf"):
             raise SidebenchError("--objective contrastive wants a batch of 2 or more and a positive temperature.")
         if getattr(method, "gradient_examples", 0):
             raise SidebenchError(f"--objective contrastive sees no labels, and {named.key}.init=fisher reads them.")
@@ -92,7 +96,7 @@ def facts_of(
     """Everything that decides the outcome, but for versions of packages, which are noted."""
     manifest, task = planned.manifest, prepared.task
     contrastive = request.objective == "contrastive"
-    of_objective = {"temperature": request.temperature, "projection": request.projection} if contrastive else {}
+    of_objective = {"temperature": request.temperature, "projection": PROJECTION} if contrastive else {}
     sizes = parts.sizes()
     return module_facts(
         named,
@@ -106,6 +110,7 @@ def facts_of(
             "classes": len(task.classes),
             "limit": request.inputs.limit,
             "split_seed": request.split_seed,
+            "parts": None if task.parts is None else parts_sha256(task),
             "train": sizes["train"],
             "val": sizes["val"],
             "pooling": task.pooling,
@@ -127,6 +132,4 @@ def facts_of(
 
 
 def _epochs(request: PretrainRequest, examples: int) -> int:
-    if request.steps is None:
-        return request.epochs
-    return max(1, request.steps // -(-examples // request.batch_size))
+    return epochs_within(request.steps, examples, request.batch_size) or request.epochs

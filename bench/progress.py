@@ -52,7 +52,7 @@ class Display:
 
     def run_event(self, job: Job, event: Mapping[str, Any]) -> None:
         """What a run tells."""
-        name = f"{job.method} seed {job.seed}"
+        name = f"{job.method} seed {job.seed}" + ("" if job.shots is None else f", {job.shots} shots")
         kind = event.get("event")
         if kind == "epoch":
             if event["epoch"] % max(event["epochs"] // 10, 1) and event["epoch"] < event["epochs"]:

@@ -50,7 +50,7 @@ class Job:
     family: str | None = None  # of tasks, whose defaults the method takes
     shots: int | None = None  # few-shot: so many training examples of each class
     init: Mapping[str, Any] | None = None  # of pre-trained modules: the file's hash, what it is, how it is mapped
-    steps: int | None = None  # at most so many, in as many epochs as they allow; None: `epochs` says it
+    steps: int | None = None  # as many epochs as they allow, one at least; None: `epochs` says it
 
     @property
     def digest(self) -> str:
@@ -69,16 +69,18 @@ class Job:
 
     def epochs_of(self, examples: int) -> int:
         """How many passes over so many training examples."""
-        if self.steps is None:
-            return self.epochs
-        return max(1, self.steps // -(-examples // self.batch_size))
+        return epochs_within(self.steps, examples, self.batch_size) or self.epochs
 
     @property
     def stem(self) -> str:
         """File name of the record without its ending: readable, then unique."""
-        name = "".join(c if c.isalnum() else "-" for c in Path(self.method).stem or self.method)[:40]
-        shots = "" if self.shots is None else f"-{self.shots}shot"
-        return f"{name}{shots}-seed{self.seed}-{self.digest}"
+        method, _, behind = self.method.partition("@")
+        last = behind.partition("@")[0] if behind.startswith("last") else ""
+        pretrained = "pretrained" if self.init else ""
+        shots = "" if self.shots is None else f"{self.shots}shot"
+        name = "-".join(filter(None, (Path(method).stem or method, last, pretrained, shots)))
+        name = "".join(c if c.isalnum() else "-" for c in name)[:60]
+        return f"{name}-seed{self.seed}-{self.digest}"
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,11 @@ def read_predictions(path: Path) -> tuple[NDArray[np.float32], NDArray[Any]]:
             return found["logits"], found["targets"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise SidebenchError(f"the predictions {path} cannot be read: {error}.") from None
+
+
+def epochs_within(steps: int | None, examples: int, batch_size: int) -> int | None:
+    """How many passes so many training steps allow, one at least; None where no steps are given."""
+    return None if steps is None else max(1, steps // -(-examples // batch_size))
 
 
 def split_name(shots: int | None, seed: int) -> str:

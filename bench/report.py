@@ -22,6 +22,7 @@ _NO_AUGMENTATION = (
     "methods often use both."
 )
 
+_SEEDLESS = ", and linear_probe does not depend on the seed"
 _SHARED_COLUMNS = (
     "95 % over seeds",
     "95 % over test examples",
@@ -77,7 +78,8 @@ def verdicts(outcome: Outcome, compared: Sequence[Compared]) -> list[str]:
         f"{'shows no difference from' if c.verdict == 'no difference shown' else c.verdict} {c.against}: "
         f"{100 * c.difference:+.2f} points, 95 % paired bootstrap interval [{100 * c.ci95[0]:+.2f}, "
         f"{100 * c.ci95[1]:+.2f}], {test} permutation p = {c.p_value:.4f}, {c.p_adjusted:.4f} after Holm over "
-        f"{len(compared)}; {outcome.sizes['test']} test examples, {len(outcome.request.seeds)} seeds."
+        f"{len(compared)}; {outcome.sizes['test']} test examples, {len(outcome.request.seeds)} seeds"
+        + (f", 95 % over seeds [{100 * c.seeds_ci95[0]:+.2f}, {100 * c.seeds_ci95[1]:+.2f}]." if c.seeds_ci95 else ".")
         for c in compared
     ]
 
@@ -94,7 +96,7 @@ def markdown(outcome: Outcome, rows: Sequence[Row], compared: Sequence[Compared]
         "## Results",
         table(columns(outcome.score_name, rows), [cells(row) for row in rows]),
         *_score_parts(outcome, rows),
-        _legend(),
+        _legend(bool(outcome.few_shot_sizes)),
         *(few_shot_report.sections(outcome, rows, compared) if outcome.few_shot_sizes else []),
     ]
     for title, lines in (("## Failed", failures(rows)), ("## Skipped", skipped(outcome))):
@@ -167,7 +169,7 @@ def _unconverged(outcome: Outcome) -> str:
     return f" (in {short} runs the solver did not converge at the L2 weight chosen)" if short else ""
 
 
-def _legend() -> str:
+def _legend(few_shot: bool) -> str:
     return (
         "Tracked peak: exact bytes of live tensors in one training step on the longest batch, steady state; includes "
         "weights, gradients, optimizer and batch (of a method solved at once: its solver with a full history, an upper "
@@ -175,7 +177,7 @@ def _legend() -> str:
         "anonymous resident memory above its level before the step, so weights are not in it; corroboration, not a "
         "result. These are different kinds of figure; compare within a column. Train s and examples/s leave evaluation "
         "out and, for cached methods, the one-off build of the cache (below). 95 % over seeds: Student t; of width "
-        "zero it says only that all seeds scored alike, and linear_probe does not depend on the seed. 95 % over test "
+        f"zero it says only that all seeds scored alike{_SEEDLESS if not few_shot else ''}. 95 % over test "
         "examples: percentile bootstrap of the seed-averaged score. Examples/s of linear_probe: its training examples "
         "over the whole solution, which passes over them many times."
     )
@@ -185,7 +187,7 @@ def _memory(rows: Sequence[Row]) -> str:
     names = ("parameters", "gradients", "optimizer", "activations", "inputs", "temporaries")
     body = [
         [
-            row["method"],
+            _at(row["method"], row["shots"]),
             *(mib(row["memory_by_category"].get(name)) for name in names),
             mib(row["peak_tracked_bytes"]),
             f"{row['peak_tracked_bytes'] / _LITERATURE_GB:.3f}",
@@ -201,9 +203,9 @@ def _memory(rows: Sequence[Row]) -> str:
 def _initialisations(rows: Sequence[Row]) -> list[str]:
     """What a start from squared gradients took, which is in no other figure."""
     return [
-        f"{row['method']}: squared gradients of {found['examples']:,} training examples through the whole backbone, "
-        f"once before training: {found['seconds']:.1f} s, tracked peak {mib(found['peak_tracked_bytes'])} MiB, in no "
-        "other figure here."
+        f"{_at(row['method'], row['shots'])}: squared gradients of {found['examples']:,} training examples through the "
+        f"whole backbone, once before training: {found['seconds']:.1f} s, tracked peak "
+        f"{mib(found['peak_tracked_bytes'])} MiB, in no other figure here."
         for row in rows
         if (found := row["initialisation"])
     ]
@@ -256,7 +258,9 @@ def _rates(outcome: Outcome, rows: Sequence[Row]) -> str:
         None: "each method's default, whose source `bench methods` names",
         "auto": "chosen on validation, mean over seeds, from 0.3, 1 and 3 times each method's default",
     }.get(outcome.request.lr, f"chosen on validation, mean over seeds, from {outcome.request.lr}")
-    if outcome.few_shot_sizes and outcome.request.lr:
+    if outcome.request.lr not in (None, "auto") and "," not in str(outcome.request.lr):
+        how = "as typed"
+    elif outcome.few_shot_sizes:
         how = few_shot_report.rates(outcome)
     used = ", ".join(dict.fromkeys(f"{text(row['method'])} {row['lr']:g}" for row in rows if row["lr"]))
     sentence = f"{how[0].upper()}{how[1:]}: {used or 'none used'}."
@@ -291,7 +295,9 @@ def print_columns(head: Sequence[str], body: Sequence[Sequence[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(*head, box=box.SIMPLE)
+    grid = Table(box=box.SIMPLE)
+    for name in head:
+        grid.add_column(Text(name))
     for row in body:
         grid.add_row(*map(Text, row))  # a name is text, never rich's markup
     console = Console()

@@ -13,13 +13,12 @@ from typing import Any
 
 from ..cache.errors import SidebenchError
 from .compare import compare
-from .few_shot_report import draw_curve
+from .finish import finish
 from .launch import Listener
 from .markdown import bullets, table, text
 from .outcome import Outcome, Request
 from .record import write_text
-from .report import markdown, print_columns
-from .table import comparisons, document, rows
+from .report import print_columns
 from .tasks.fgvc import FEW_SHOT, FGVC
 from .tasks.load import load_task
 from .tasks.vtab import GROUPS, SUITES, VTAB
@@ -180,13 +179,9 @@ def _percent(score: float | None) -> str:
 
 def finish_suite(outcome: SuiteOutcome) -> dict[str, Any]:
     """Write every report; returns what `bench compare --json` prints: the suite, and the document of each task."""
-    tables, documents = {}, {}
-    for task, one in outcome.outcomes.items():
-        report, tables[task], compared = one.folder / "report.md", rows(one), comparisons(one)
-        if one.few_shot_sizes:
-            draw_curve(one, tables[task])
-        write_text(report, markdown(one, tables[task], compared))
-        documents[task] = document(one, tables[task], compared, report)
+    finished = {task: finish(one) for task, one in outcome.outcomes.items()}
+    tables = {task: one.table for task, one in finished.items()}
+    documents = {task: one.document for task, one in finished.items()}
     found, report = suite_rows(outcome.suite, tables), outcome.folder / "report.md"
     reports = {task: Path(one["report"]) for task, one in documents.items()}
     write_text(report, suite_markdown(outcome, found, reports))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..cache.errors import SidebenchError
 from .outcome import Outcome, Runs
 from .record import read_predictions
 from .stats import (
@@ -174,7 +175,9 @@ def _interval(outcome: Outcome, predicted: Numbers, targets: Numbers) -> tuple[f
 
 def _tested(outcome: Outcome, ours: tuple[Numbers, Numbers], theirs: tuple[Numbers, Numbers]) -> PairedResult:
     """Accuracy is a mean over examples, whose test needs only what each one adds to it."""
-    (a, targets), (b, _) = ours, theirs
+    (a, targets), (b, others) = ours, theirs
+    if not np.array_equal(targets, others):
+        raise SidebenchError("two methods were tested on different examples; run the comparison again with --fresh.")
     if outcome.score_name == ACCURACY:
         return paired_test(a == targets, b == targets, _STATISTICS_SEED)
     score = score_named(outcome.score_name)

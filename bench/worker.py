@@ -25,7 +25,7 @@ from ..cache.feed import all_views
 from ..cache.memory_store import place, tier_named
 from ..cache.store import Index
 from ..cache.zarr_store import ZarrStore
-from .assemble import Assembled, Initial, Shared, assemble, seeded, shapes_of
+from .assemble import Assembled, Initial, Shared, assemble, seeded, settings_of, shapes_of
 from .device_memory import DeviceMeter
 from .environment import environment
 from .learner import CachedSource, Source, longest_batch
@@ -34,7 +34,7 @@ from .predicted import with_fit_prediction, with_prediction
 from .record import Cost, Job, RunRecord, read_split, trial_path, write_json, write_predictions
 from .tasks.base import Split
 from .tasks.score import score_named
-from .training import Diverged, Settings, load_trained, optimizer_of, predict, schedule_of, score_of, snapshot, train
+from .training import Diverged, load_trained, predict, score_of, snapshot, train
 
 
 def main(jobs_path: Path) -> int:
@@ -72,7 +72,7 @@ def run(job: Job, folder: Path, shared: Shared) -> None:
     start = snapshot(learner)
     for lr in job.lrs:
         load_trained(learner, start)  # every learning rate starts at the same point
-        settings = _settings(job, method, lr, len(split.train))
+        settings = settings_of(job, method, lr, len(split.train))
         try:
             with seeded(job.seed):  # a method that draws while it trains (dropout) draws the same for every rate
                 found = train(learner, source, targets, split.train, split.val, settings, _tell_epoch)
@@ -111,7 +111,7 @@ def _measured(
     batch = next(iter(source.batches([index])))
     shapes = shapes_of(batch)
     if shapes not in shared.memory:
-        settings = _settings(job, method, job.lrs[0], len(split.train))
+        settings = settings_of(job, method, job.lrs[0], len(split.train))
         memory = measure_training(learner, batch, targets[torch.from_numpy(index)], settings, device_meter)
         shared.memory[shapes] = with_prediction(memory, job, method, learner, batch, assembled.form, assembled.fake)
     return shared.memory[shapes]
@@ -194,11 +194,6 @@ def _write(
     score = sum(scores.values()) / len(scores)
     measured = {"score": score, "scores": scores, **asdict(cost), **chosen}
     write_json(folder / f"{job.stem}.json", asdict(RunRecord(asked, measured, environment())))
-
-
-def _settings(job: Job, method: Method, lr: float, examples: int) -> Settings:
-    chosen, decay = (optimizer_of(method), *schedule_of(method)), method.config.weight_decay
-    return Settings(job.seed, job.epochs_of(examples), job.batch_size, lr, decay, job.precision, job.score, *chosen)
 
 
 def _tell_epoch(event: Mapping[str, float]) -> None:

@@ -3,6 +3,7 @@
 Measured once, after training, printed beside the result and used for no choice.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ..adapters._base import Method
 from ..adapters._pretrained import HASH_BYTES
 from ..cache.build import CaptureOptions, Progress
 from ..cache.errors import SidebenchError
+from ..cache.store import Index
 from ..cache.zarr_store import ZarrStore
 from .assemble import Assembled, backbone_of
 from .initial import layers_read
@@ -32,21 +34,21 @@ class Control:
     """The other task, and where its activations are."""
 
     task: Task
+    test: Index
+    hashes: Sequence[bytes]  # of the examples of `test`
     store: Path | None  # None: of a live method
 
     def tried(self, made: Assembled, job: Job, settings: Settings, seen: Tensor) -> dict[str, Any]:
         """The source head's score there, and how many of these test examples are among those hashed in `seen`."""
-        test = split_task(self.task, job.split_seed).test
         known = {bytes(row) for row in seen.numpy()}
-        hashes = example_hashes(self.task.examples, HASH_BYTES)[test]
-        targets = torch.from_numpy(job.targets(self.task.examples.targets[test]))
-        outputs = predict(made.learner, self._source(made.source, job), test, settings)
+        targets = torch.from_numpy(job.targets(self.task.examples.targets[self.test]))
+        outputs = predict(made.learner, self._source(made.source, job), self.test, settings)
         return {
             "task": self.task.uri,
             "score": score_of(job.score, outputs, targets),
             "name": job.score,
-            "examples": len(test),
-            "seen": sum(bytes(row) in known for row in hashes),
+            "examples": len(self.test),
+            "seen": sum(digest in known for digest in self.hashes),
         }
 
     def _source(self, source: Source, job: Job) -> Source:
@@ -62,6 +64,7 @@ def control_of(
     prepared: Prepared,
     method: Method,
     capture: CaptureOptions,
+    split_seed: int,
     home: Path,
     say: Say,
     progress: Progress,
@@ -80,8 +83,11 @@ def control_of(
             + (f"; only one of them has {', '.join(map(repr, foreign))}." if foreign else ".")
         )
     layers = layers_read(method, prepared.arch)
+    test = split_task(task, split_seed).test
+    hashes = [bytes(row) for row in example_hashes(task.examples, HASH_BYTES)[test]]
     if not layers:
-        return Control(task, None)
+        return Control(task, test, hashes, None)
     there = Prepared(replace(prepared.inputs, task=uri, limit=None), prepared.backbone, task, prepared.cache_dir)
     planned = plan_store(there, replace(capture, views=0))
-    return Control(task, store_for(there, planned, layers, may_build=True, progress=progress, say=say).folder)
+    store = store_for(there, planned, layers, may_build=True, progress=progress, say=say)
+    return Control(task, test, hashes, store.folder)

@@ -22,6 +22,7 @@ from sidebench.bench.launch import Listener
 from sidebench.bench.options import shots_of
 from sidebench.bench.outcome import Outcome, Request, Runs
 from sidebench.bench.prepare import Inputs
+from sidebench.bench.progress import Display
 from sidebench.bench.record import Job, read_split, split_name
 from sidebench.bench.report import markdown
 from sidebench.bench.table import comparisons, document, gains, rows
@@ -142,6 +143,7 @@ def request_for(place: Path, models: Path) -> Callable[..., Request]:
             "seeds": (0, 1),
             "shots": (1, 4),
             "steps": 3,
+            "lr": "0.001",
         }
         return Request(**(usual | changes))
 
@@ -230,6 +232,37 @@ def test_a_method_whose_rates_all_diverge_fails_at_every_number_of_shots(
     ] * 2
 
 
+def test_where_no_rate_is_chosen_few_examples_are_enough_and_else_this_is_said(
+    request_for: Callable[..., Request], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "spawn", spawning())
+    lines = (place / "texts.jsonl").read_text("utf-8").splitlines(keepends=True)
+    yes, no = ([line for line in lines if f'"label": "{label}"' in line] for label in ("yes", "no"))
+    (tmp_path / "small.jsonl").write_text("".join(yes[:5] + no[:5]), "utf-8")  # three of each train
+    request = request_for("unipt", seeds=(0,), shots=(1,))
+    inputs = dataclasses.replace(request.inputs, task=f"jsonl:{tmp_path / 'small.jsonl'}")
+    outcome = _compare(dataclasses.replace(request, inputs=inputs), place, "small")
+    assert outcome.few_shot_sizes == {1: {"train": 2, "val": 2, "test": 2}}
+    assert rows(outcome)[0]["error"] is None
+    with pytest.raises(SidebenchError, match=r"learning rates are chosen at 4 shots: .* Or type one --lr\."):
+        _compare(dataclasses.replace(request, inputs=inputs, lr=None), place, "small")
+
+
+def test_another_split_of_the_same_examples_is_another_comparison(
+    request_for: Callable[..., Request], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "spawn", spawning())
+    write_texts(tmp_path / "parts.jsonl", 60, parts=True)
+    request = request_for("unipt", seeds=(0,), shots=(1,))
+    inputs = dataclasses.replace(request.inputs, task=f"jsonl:{tmp_path / 'parts.jsonl'}")
+    first = _compare(dataclasses.replace(request, inputs=inputs), place, "parts")
+    lines = (tmp_path / "parts.jsonl").read_text("utf-8")
+    (tmp_path / "parts.jsonl").write_text(lines.replace('"split": "val"', '"split": "test"', 3), "utf-8")
+    second = _compare(dataclasses.replace(request, inputs=inputs), place, "parts")
+    assert first.folder != second.folder
+    assert second.sizes["test"] == first.sizes["test"] + 3
+
+
 @pytest.mark.parametrize("shots", [(0, 1), (-1,)])
 def test_less_than_one_shot_is_refused(
     shots: tuple[int, ...], request_for: Callable[..., Request], place: Path
@@ -308,6 +341,28 @@ def test_gains_are_paired_by_seed_and_example_at_equal_shots(tmp_path: Path) -> 
     assert one.seeds_ci95 == pytest.approx((2.5 / 8 - half, 2.5 / 8 + half), abs=1e-6)
     assert (two.shots, two.difference) == (2, pytest.approx(1 / 8))
     assert two.seeds_ci95 == pytest.approx((1 / 8, 1 / 8))
+
+
+def test_runs_on_different_test_examples_are_never_paired(tmp_path: Path) -> None:
+    outcome = _outcome(tmp_path, HITS)
+    path = outcome.runs[0].files[0].with_suffix(".npz")
+    with np.load(path) as found:
+        kept = dict(found)
+    np.savez(path, **(kept | {"targets": 1 - kept["targets"]}))
+    np.savez(outcome.runs[0].files[1].with_suffix(".npz"), **(kept | {"targets": 1 - kept["targets"]}))
+    with pytest.raises(SidebenchError, match="tested on different examples"):
+        comparisons(outcome)
+
+
+def test_of_hundreds_of_epochs_a_tenth_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    display = Display(quiet=False)
+    job = _job(method="unipt", seed=0, shots=2)
+    for epoch in range(1, 106):
+        display.run_event(job, {"event": "epoch", "epoch": epoch, "epochs": 105, "val_score": 0.5})
+    shown = capsys.readouterr().err.splitlines()
+    assert len(shown) == 11
+    assert shown[0].startswith("unipt seed 0, 2 shots: epoch 10/105")
+    assert "epoch 105/105" in shown[-1]
 
 
 def test_the_report_has_scores_over_shots_and_gains_and_says_how_examples_were_drawn(tmp_path: Path) -> None:

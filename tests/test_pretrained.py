@@ -414,6 +414,18 @@ def test_facts_that_are_no_json_are_refused(text: str, content: bytes, tmp_path:
         read_pretrained(path)
 
 
+@pytest.mark.parametrize("value", ["NaN", "1e999", '"\\ud800"'])
+def test_facts_that_no_record_could_hold_are_refused(value: str, content: bytes, tmp_path: Path) -> None:
+    header = header_of(content)
+    facts = json.loads(header["__metadata__"]["sidebench"])
+    facts["training"]["note"] = "HERE"
+    header["__metadata__"]["sidebench"] = json.dumps(facts).replace('"HERE"', value)
+    path = tmp_path / "f.safetensors"
+    path.write_bytes(with_header(content, header))
+    with pytest.raises(SidebenchError, match="not finite, or half a character"):
+        read_pretrained(path)
+
+
 def test_facts_nested_beyond_all_use_are_refused(content: bytes, tmp_path: Path) -> None:
     deep: Any = {}
     for _ in range(400):

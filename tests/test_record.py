@@ -1,5 +1,6 @@
 """Records on a disk that is full, and beside another comparison that writes into the same folder."""
 
+import dataclasses
 import errno
 import os
 import sys
@@ -36,6 +37,12 @@ def job() -> Job:
         num_outputs=2,
         pooling="mean",
     )
+
+
+ENDS = """#!/bin/sh
+echo '{"event": "started"}'
+echo '{"event": "ended"}'
+"""
 
 
 @pytest.fixture
@@ -76,7 +83,7 @@ def test_two_processes_do_not_write_the_same_temporary_file(tmp_path: Path, monk
 def test_a_finished_run_leaves_the_job_of_another_comparison_where_its_worker_will_look(
     tmp_path: Path, job: Job, interpreter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interpreter.write_text("#!/bin/sh\n")
+    interpreter.write_text(ENDS)
     waiting: list[Path] = []
 
     def started(_: Job, event: Any) -> None:  # while this process starts its run, another one writes the same job
@@ -94,7 +101,34 @@ def test_a_finished_run_leaves_the_job_of_another_comparison_where_its_worker_wi
 def test_a_library_that_prints_what_is_not_utf8_does_not_end_the_comparison(
     tmp_path: Path, job: Job, interpreter: Path
 ) -> None:
-    interpreter.write_text("#!/bin/sh\nprintf '\\377\\n'\necho '{\"event\": \"epoch\"}'\n")
+    interpreter.write_text(ENDS.replace("\n", "\nprintf '\\377\\n'\n", 1))
     heard: list[Any] = []
-    assert launch.spawn(job, tmp_path, Listener(run_event=lambda _, event: heard.append(event.get("event")))) is None
-    assert heard[-1] == "epoch"
+    told = Listener(run_event=lambda _, event: heard.append(event.get("event")))
+    assert launch.spawn([job], tmp_path, told) == [None]
+    assert heard[-2:] == ["started", "ended"]
+
+
+def test_an_interpreter_that_leaves_early_without_an_error_has_failed(
+    tmp_path: Path, job: Job, interpreter: Path
+) -> None:
+    interpreter.write_text("#!/bin/sh\n")
+    others = [dataclasses.replace(job, seed=seed) for seed in (0, 1)]
+    errors = launch.spawn(others, tmp_path, Listener())
+    assert len(errors) == 2
+    assert all(error is not None and "no message" in error for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "stem"),
+    [
+        ("unipt", {}, "unipt-seed0-"),
+        ("./my methods/mine.py", {}, "mine-seed0-"),
+        ("lora@last4", {"shots": 2}, "lora-last4-2shot-seed0-"),
+        ("vpt@runs/pre.safetensors", {"shots": 1, "init": {"sha256": "x"}}, "vpt-pretrained-1shot-seed0-"),
+        ("lora@last4@a/b.safetensors", {"init": {"sha256": "x"}}, "lora-last4-pretrained-seed0-"),
+    ],
+)
+def test_a_record_is_named_after_the_method_and_not_after_its_file(
+    job: Job, method: str, changes: dict[str, Any], stem: str
+) -> None:
+    assert dataclasses.replace(job, method=method, **changes).stem.startswith(stem)

@@ -147,6 +147,7 @@ def test_the_report_names_the_mean_the_tasks_and_their_reports(tmp_path: Path) -
     assert "| method | mean of 4 tasks |" in report
     assert "| linear_probe | 75.00 |" in report
     assert "| a\\|b | 75.00 |" in report
+    assert "| task | group | linear_probe | a\\|b |" in report
     assert "| resisc45 | specialised | 75.00 | 75.00 |" in report
     assert "## Missing" not in report
     assert all((tmp_path / task / "report.md").is_file() for task in outcome.suite.uris)

@@ -119,6 +119,7 @@ def test_a_missing_folder_or_image_is_named_with_its_source(tmp_path: Path) -> N
         ("images/test/000000.jpg 10", ["test.txt line 1 has the label 10", "labels are 0 to 9"]),
         ("images/test/000000.jpg -1", ["line 1 is 'images/test/000000.jpg -1'"]),
         ("images/test/000000.jpg", ["wanted a path, a space and a label"]),
+        ("images/test/000000.jpg " + "9" * 5000, ["wanted a path, a space and a label"]),
         ("images/test/000000.jpg ３", ["wanted a path, a space and a label"]),
         ("../cifar/images/test/000000.jpg 1", ["'../cifar/images/test/000000.jpg' lies outside"]),
         ("/etc/hostname 1", ["'/etc/hostname' lies outside"]),

@@ -15,8 +15,8 @@ def few_shot(task: Task, parts: Split, shots: int, seed: int) -> Split:
     """`shots` training and min(shots, 4) validation examples of each class out of `parts.train`; test as it was.
 
     A class with fewer trains with all that it has, and validates with what is left. Of one seed fewer shots are some of
-    more, and what validates never trains with any number of them up to the class's size. The k of the paper's protocol
-    (PVP, arXiv 2304.13639: 1, 2, 4, 8, 16); how it draws was not read, this is ours.
+    more; training is drawn from one end of a class and validation from the other, so that what validates at few shots
+    trains at many only where the class is small. How PVP (arXiv 2304.13639) draws its 1 to 16 was not read: ours.
     """
     if task.values is not None:
         raise SidebenchError(f"{task.uri} is a regression; --shots takes so many examples of each class, and has none.")

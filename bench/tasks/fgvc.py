@@ -73,8 +73,8 @@ def _plain(name: str) -> str:
 
 
 def _whole(option: str, text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise SidebenchError(f"?{option} wants a whole number; found {text!r}.")
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise SidebenchError(f"?{option} wants a whole number; found {text[:40]!r}.")
     return int(text)
 
 

@@ -24,7 +24,7 @@ def read_list(path: Path, num_classes: int, source: str, say: Callable[[str], No
             continue
         where = f"{path} line {number}"
         name, _, label = line.rpartition(" ")
-        if not name or not label.isascii() or not label.isdigit():
+        if not name or not label.isascii() or not label.isdigit() or len(label) > 9:
             raise SidebenchError(
                 f'{where} is {line[:60]!r}; wanted a path, a space and a label, as in "images/1.jpg 3".'
             )
