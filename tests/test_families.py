@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from sidebench.adapters._base import Batch, Body, TrainingConfig, defaults, family_defaults
 from sidebench.adapters._registry import describe, find_method, known_methods
 from sidebench.bench import launch as launching
-from sidebench.bench import training, worker
+from sidebench.bench import training
+from sidebench.bench.assemble import settings_of
 from sidebench.bench.compare import compare
 from sidebench.bench.jobs import learning_rates
 from sidebench.bench.launch import Listener
@@ -290,7 +291,7 @@ def test_a_worker_trains_by_the_schedule_of_the_config(
     name: str, schedule: tuple[str, float], compared: Outcome
 ) -> None:
     job = _job(compared, name)
-    settings = worker._settings(job, find_method(name).configured(job.settings, job.family), 1.0, 24)
+    settings = settings_of(job, find_method(name).configured(job.settings, job.family), 1.0, 24)
     assert (settings.schedule, settings.warm_up) == schedule
 
 
