@@ -12,28 +12,36 @@ import typer
 from typer.core import TyperGroup
 
 from .bench.cache_commands import cache_app
+from .bench.list_commands import list_app
 from .bench.options import (
     PLAIN,
     AsJson,
     Backbone,
+    BatchSize,
     CacheDir,
     CaptureSeed,
     Compression,
     Device,
     Dtype,
+    Epochs,
     ImageSize,
     Layers,
     Limit,
     MaxLength,
+    Methods,
     PerChannel,
+    Precision,
     Quiet,
+    Set,
     SplitSeed,
+    Steps,
     Task,
     Tokens,
     Views,
     caches,
     displayed,
     names_of,
+    precision_of,
     seeds_of,
     settings_of,
     shots_of,
@@ -68,28 +76,27 @@ app = typer.Typer(
     **PLAIN,
 )
 app.add_typer(cache_app, name="cache")
+app.add_typer(list_app)  # at the top
 
 
 @app.command()
 def compare(
     backbone: Backbone,
     task: Task,
-    methods: Annotated[str, typer.Option(help="Names with commas, a path to a method file, or all.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="METHOD.KEY=VALUE, repeatable.")] = None,
+    methods: Methods,
+    set_: Set = None,
     seeds: Annotated[str, typer.Option(help="Training seeds with commas.")] = "0,1,2",
     shots: Annotated[
         str | None, typer.Option(help="Few-shot: training examples of each class, e.g. 1,2,4,8,16.")
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training part.")] = 10,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="In place of --epochs: as many as these steps allow.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples per training step.")] = 32,
+    epochs: Epochs = 10,
+    steps: Steps = None,
+    batch_size: BatchSize = 32,
     lr: Annotated[
         str | None,
         typer.Option(help="auto (the default with --shots), a number, or several to choose from on validation."),
     ] = None,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16 (mixed).")] = "fp32",
+    precision: Precision = "fp32",
     limit: Limit = None,
     split_seed: SplitSeed = 0,
     layers: Layers = None,
@@ -131,12 +138,10 @@ def compare(
 
     if cache_in_ram and cache_on_device:
         raise SidebenchError("--cache-in-ram and --cache-on-device exclude each other; choose one.")
-    if precision not in ("fp32", "bf16"):
-        raise SidebenchError(f"--precision is fp32 or bf16; found {precision!r}.")
     request = Request(
         inputs=Inputs(backbone, task, image_size, max_length, limit, device),
-        methods=tuple(name for name in methods.split(",") if name),
-        settings=settings_of(set_ or []),
+        methods=names_of(methods) or (),
+        settings=settings_of(set_),
         seeds=seeds_of(seeds),
         shots=shots_of(shots),
         epochs=epochs,
@@ -144,7 +149,7 @@ def compare(
         batch_size=batch_size,
         lr=lr,
         split_seed=split_seed,
-        precision=precision,
+        precision=precision_of(precision),
         capture=CaptureOptions(names_of(layers), dtype, 64, tokens, per_channel, compression, views, seed),
         tier="ram" if cache_in_ram else "device" if cache_on_device else "auto",
         may_build=not no_build,
@@ -179,15 +184,15 @@ def pretrain(
     task: Task,
     method: Annotated[str, typer.Option(help="One method, as in bench compare, lora@last4 too.")],
     out: Annotated[Path, typer.Option(help="FILE.safetensors for the modules; then bench compare METHOD@FILE.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="METHOD.KEY=VALUE, repeatable.")] = None,
+    set_: Set = None,
     objective: Annotated[str, typer.Option(help="supervised, or contrastive with --views 2 or more.")] = "supervised",
     temperature: Annotated[float, typer.Option(help="Of the contrastive objective.")] = 0.1,
     seed: Annotated[int, typer.Option(min=0, help="Training seed.")] = 0,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training part.")] = 10,
-    steps: Annotated[int | None, typer.Option(min=1, help="At most so many, in whole epochs, one or more.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples per training step.")] = 32,
+    epochs: Epochs = 10,
+    steps: Steps = None,
+    batch_size: BatchSize = 32,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the method's own.")] = None,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16 (mixed).")] = "fp32",
+    precision: Precision = "fp32",
     limit: Limit = None,
     split_seed: SplitSeed = 0,
     dtype: Dtype = "float16",
@@ -215,12 +220,10 @@ def pretrain(
     from .cache.build import CaptureOptions
     from .cache.home import home
 
-    if precision not in ("fp32", "bf16"):
-        raise SidebenchError(f"--precision is fp32 or bf16; found {precision!r}.")
     request = PretrainRequest(
         inputs=Inputs(backbone, task, image_size, max_length, limit, device),
         method=method,
-        settings=settings_of(set_ or []),
+        settings=settings_of(set_),
         out=out,
         objective=objective,
         temperature=temperature,
@@ -229,7 +232,7 @@ def pretrain(
         steps=steps,
         batch_size=batch_size,
         lr=lr,
-        precision=precision,
+        precision=precision_of(precision),
         split_seed=split_seed,
         capture=CaptureOptions(None, dtype, 64, tokens, views=views),
         zero_shot=zero_shot,
@@ -249,16 +252,16 @@ def pretrain(
 @app.command()
 def plan(
     backbone: Annotated[str, typer.Option(help="hf-config:PRESET, a folder or JSON file, or any backbone.")],
-    methods: Annotated[str, typer.Option(help="Names with commas, a path to a method file, or all.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="METHOD.KEY=VALUE, repeatable.")] = None,
+    methods: Methods,
+    set_: Set = None,
     task: Annotated[str | None, typer.Option(help="Says how many classes and examples there are.")] = None,
     limit: Limit = None,
     num_examples: Annotated[int | None, typer.Option(min=1, help="Examples, where no task says how many.")] = None,
     num_outputs: Annotated[int | None, typer.Option(min=1, help="Classes. Default: the task's, else 100.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples per training step.")] = 32,
+    batch_size: BatchSize = 32,
     image_size: ImageSize = None,
     max_length: MaxLength = None,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16 (mixed).")] = "fp32",
+    precision: Precision = "fp32",
     semantics: Annotated[str, typer.Option(help="cuda or cpu: whose kernels and optimiser defaults.")] = "cuda",
     attention: Annotated[str, typer.Option(help="auto, efficient, flash or math.")] = "auto",
     device_memory: Annotated[str | None, typer.Option(help="24GiB, 24GB or bytes: say what fits.")] = None,
@@ -281,8 +284,8 @@ def plan(
 
     request = PlanRequest(
         backbone=backbone,
-        methods=tuple(name for name in methods.split(",") if name),
-        settings=settings_of(set_ or []),
+        methods=names_of(methods) or (),
+        settings=settings_of(set_),
         task=task,
         limit=limit,
         batch_size=batch_size,
@@ -302,56 +305,3 @@ def plan(
         print(json.dumps(document, indent=1))
     else:
         print_plan(document)
-
-
-@app.command()
-def methods(as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """List the methods: kind, paper, trained parameters, and every option with its default."""
-    from .adapters._registry import describe, known_methods
-
-    found = [describe(name) for name in known_methods()]
-    lines = []
-    for m in found:
-        lines += [f"{m['name']} ({m['kind']}): {m['summary']}", f"  {m['paper']}"]
-        lines += [f"  {line}" for line in m["parameters"].splitlines()]
-        lines += [f"  {m['name']}.{key}={str(o['default']).lower()}  {o['help']}" for key, o in m["config"].items()]
-        for family, found_for in m["families"].items():
-            changed = ", ".join(f"{key}={str(value).lower()}" for key, value in found_for["options"].items())
-            lines.append(f"  on {family} tasks: {changed}  {found_for['source']}")
-    show(found, as_json, "\n".join(lines))
-
-
-@app.command()
-def backbones(as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """List the forms a backbone's name takes, and the samples."""
-    from .cache.load import SCHEMES
-    from .cache.samples import SAMPLES
-
-    found = [{"scheme": scheme, "summary": text} for scheme, text in SCHEMES.items()]
-    found += [
-        {"scheme": f"sample:{name}", "summary": sample.summary}
-        for name, sample in SAMPLES.items()
-        if sample.kind == "backbone"
-    ]
-    show(found, as_json, "\n".join(f"{row['scheme']}  {row['summary']}" for row in found))
-
-
-@app.command()
-def tasks(as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """List the forms a task's name takes, and the samples."""
-    from dataclasses import asdict
-
-    from .bench.tasks.load import known_tasks
-
-    found = known_tasks()
-    show([asdict(t) for t in found], as_json, "\n".join(f"{t.form}  {t.summary}" for t in found))
-
-
-@app.command()
-def doctor(cache_dir: CacheDir = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Say what works on this machine and why the rest does not."""
-    from .bench.doctor import examine
-    from .cache.home import home
-
-    found = examine(home(), caches(cache_dir))
-    show(found, as_json, "\n".join(f"{key}: {value}" for key, value in found.items()))

@@ -18,6 +18,7 @@ from ..cache.encode import tensors_of
 from ..cache.feed import epoch_order
 from ..cache.form import Form
 from ..cache.home import home
+from ..cache.memory_store import Placed, place, tier_named
 from ..cache.store import Index
 from ..cache.suffix import Suffix, entering_layer
 from ..cache.zarr_store import ZarrStore
@@ -64,7 +65,7 @@ def assemble(job: Job, method: Method, device: torch.device, weights: WeightsLoa
     made = _assembled(job, method, device, weights, shared)
     if job.init is None:
         return made
-    from .initial import begin_pretrained
+    from .pretrained import begin_pretrained
 
     return replace(made, mapped=begin_pretrained(job, method, made.learner))
 
@@ -124,6 +125,17 @@ def _assemble_live(job: Job, method: LiveMethod, device: torch.device, shared: S
 def _learner(job: Job, body: Body, prefix_tokens: int) -> Learner:
     pooling: Pooling = "cls" if job.pooling == "cls" else "mean"
     return Learner(body, job.num_outputs, pooling, prefix_tokens)
+
+
+def placed(source: Source, job: Job, device: torch.device) -> tuple[Source, Placed | None]:
+    """The source read from the tier that the job asks for, and which that is; None of one that reads no cache.
+
+    After memory was measured: a cache that is held in memory is there for speed and is named apart from the peak.
+    """
+    if not isinstance(source, CachedSource) or not isinstance(source.store, ZarrStore):
+        return source, None
+    found = place(source.store, source.layers, tier_named(job.tier), device)
+    return replace(source, store=found.store), found
 
 
 def settings_of(job: Job, method: Method, lr: float, examples: int) -> Settings:

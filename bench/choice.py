@@ -1,9 +1,9 @@
 """From names as typed to configured methods: for whatever command takes --methods and --set."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from ..adapters._base import CachedMethod, Defaults, LiveMethod, Method, PrefixMethod, family_defaults
+from ..adapters._base import CachedMethod, Defaults, FittedMethod, LiveMethod, Method, PrefixMethod, family_defaults
 from ..adapters._registry import Named, find_method, known_methods
 from ..cache.architecture import Architecture
 from ..cache.errors import SidebenchError, unknown
@@ -60,3 +60,9 @@ def refusal(method: Method, arch: Architecture, form: Form) -> str | None:
     if isinstance(method, CachedMethod) and method.runs_blocks and form.tokens != "all":
         return f"it runs blocks of the backbone, which need every token, and the cache keeps --tokens {form.tokens}"
     return method.refusal(reduction_of(form.tokens, arch, form.seed).seen)
+
+
+def layers_read(methods: Iterable[Method], arch: Architecture) -> tuple[str, ...]:
+    """The layers that these methods read from a cache, each once; none of live methods."""
+    reading = (method for method in methods if isinstance(method, CachedMethod | FittedMethod | PrefixMethod))
+    return tuple(dict.fromkeys(layer for method in reading for layer in method.layers(arch)))

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..adapters._base import CachedMethod, FittedMethod, LiveMethod, Method, PrefixMethod
+from ..adapters._base import LiveMethod, Method, PrefixMethod
 from ..adapters._registry import Named
 from ..cache.build import BuildResult, CaptureOptions, Plan
 from ..cache.catalog import read_notes
@@ -13,12 +13,12 @@ from ..cache.errors import SidebenchError
 from ..cache.form import Form
 from ..cache.manifest import Manifest, missing_layers
 from ..cache.views import DESCRIPTION
-from .choice import chosen_methods, family_options, refusal
-from .initial import initialisations
-from .jobs import LR_SHOTS, data_facts, folder_name, job_of, learning_rates
+from .choice import chosen_methods, family_options, layers_read, refusal
+from .jobs import LR_SHOTS, compared_job, data_facts, folder_name, learning_rates
 from .launch import Listener, chosen_lr, failed, run_all
 from .outcome import Outcome, Request, Runs
-from .prepare import Prepared, plan_store, prepare, resolve_device, store_for
+from .prepare import Prepared, plan_store, prepare, store_for
+from .pretrained import initialisations
 from .record import Job, split_name, write_split
 from .tasks.base import Split, Task
 from .tasks.few_shot import few_shot
@@ -67,8 +67,7 @@ def compare(
     drawn = _few_shots(request, prepared.task, parts, choosing=any(len(tried) > 1 for tried in rates.values()))
     _begin_folder(folder, {split_name(None, 0): parts, **{split_name(*key): found for key, found in drawn.items()}})
     built = _store(request, prepared, planned, chosen, listener)
-    device = str(resolve_device(request.inputs.device, lambda _: None))
-    jobs = {n: job_of(request, n, rates[n.text], prepared, facts, built, device) for n in named if n.text in chosen}
+    jobs = {n: compared_job(request, n, rates[n.text], prepared.task, facts, built) for n in named if n.text in chosen}
     jobs = {n: replace(job, init=initial.get(n.text)) for n, job in jobs.items()}
     score_name = prepared.task.score_name
     view = DESCRIPTION[prepared.task.examples.modality] if request.capture.views else ""
@@ -158,11 +157,7 @@ def _store(
     request: Request, prepared: Prepared, planned: Plan | None, methods: Mapping[str, Method], listener: Listener
 ) -> BuildResult | None:
     """The store that the cached methods of this comparison read; None when there are none."""
-    arch = prepared.arch
-    wanted: list[str] = []
-    for method in methods.values():
-        if isinstance(method, CachedMethod | FittedMethod | PrefixMethod):
-            wanted += method.layers(arch)
+    wanted = layers_read(methods.values(), prepared.arch)
     if not wanted:
         return None
     if planned is None:
@@ -170,7 +165,7 @@ def _store(
     return store_for(
         prepared,
         planned,
-        tuple(dict.fromkeys(wanted)),
+        wanted,
         may_build=request.may_build,
         progress=listener.build_progress,
         say=listener.say,

@@ -4,16 +4,17 @@ import hashlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..adapters import _base
 from ..adapters._base import Method
 from ..adapters._registry import Named
-from ..cache.build import BuildResult
+from ..cache.build import BuildResult, CaptureOptions
 from ..cache.errors import SidebenchError
 from ..cache.manifest import Manifest, canonical_json
 from .outcome import Request
-from .prepare import Prepared
+from .prepare import Inputs, resolve_device
 from .record import Job
 from .tasks.base import Task
 from .tasks.load import family_of
@@ -23,46 +24,64 @@ AUTO_FACTORS = (0.3, 1.0, 3.0)  # --lr auto: the method's own default and its ne
 
 
 def job_of(
-    request: Request,
     named: Named,
-    lrs: tuple[float, ...],
-    prepared: Prepared,
-    facts: Mapping[str, str],
+    settings: Mapping[str, Mapping[str, str]],
+    inputs: Inputs,
+    task: Task,
+    capture: CaptureOptions,
     built: BuildResult | None,
-    device: str,
+    **protocol: Any,
 ) -> Job:
-    """A method's job, of the first seed."""
-    store = None if named.kind == "live" else built
-    data = {**facts, "method": code_sha256(named), "sidebench": __version__}
-    if store is not None:
-        data["store"] = store.manifest.digest
-    inputs = request.inputs
+    """A method on a backbone and a task; `protocol`: the other fields, how it trains and for what."""
     return Job(
         method=named.text,
-        settings=dict(request.settings.get(named.key, {})),
-        seed=request.seeds[0],
+        settings=dict(settings.get(named.key, {})),
         kind=named.kind,
         backbone=inputs.backbone,
         task=inputs.task,
         image_size=inputs.image_size,
         max_length=inputs.max_length,
         limit=inputs.limit,
+        device=str(resolve_device(inputs.device, lambda _: None)),
+        num_outputs=task.num_outputs,
+        pooling=task.pooling,
+        store=None if built is None or named.kind == "live" else str(built.folder.absolute()),
+        views=capture.views,
+        view_seed=capture.form().seed if capture.views else None,
+        score=task.score_name,
+        values=task.values or (),
+        family=family_of(inputs.task),
+        **protocol,
+    )
+
+
+def compared_job(
+    request: Request,
+    named: Named,
+    lrs: tuple[float, ...],
+    task: Task,
+    facts: Mapping[str, str],
+    built: BuildResult | None,
+) -> Job:
+    """A method's job in a comparison, of the first seed. `facts`: see `data_facts`."""
+    data = {**facts, "method": code_sha256(named), "sidebench": __version__}
+    if built is not None and named.kind != "live":
+        data["store"] = built.manifest.digest
+    return job_of(
+        named,
+        request.settings,
+        request.inputs,
+        task,
+        request.capture,
+        built,
+        seed=request.seeds[0],
         split_seed=request.split_seed,
         epochs=request.epochs,
         batch_size=request.batch_size,
         lrs=lrs,
         precision=request.precision,
-        device=device,
         data=data,
-        num_outputs=prepared.task.num_outputs,
-        pooling=prepared.task.pooling,
-        store=None if store is None else str(store.folder.absolute()),
         tier=request.tier,
-        views=request.capture.views,
-        view_seed=request.capture.form().seed if request.capture.views else None,
-        score=prepared.task.score_name,
-        values=prepared.task.values or (),
-        family=family_of(inputs.task),
         steps=request.steps,
     )
 

@@ -19,6 +19,12 @@ PLAIN: dict[str, Any] = {"rich_markup_mode": None, "no_args_is_help": True, "add
 
 Backbone = Annotated[str, typer.Option(help="sample:NAME, hf:ID_OR_FOLDER or module:PKG.MOD:FACTORY.")]
 Task = Annotated[str, typer.Option(help="sample:NAME, csv:PATH, folder:PATH, glue:NAME, vtab:NAME …: `bench tasks`.")]
+Methods = Annotated[str, typer.Option(help="Names with commas, a path to a method file, or all.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="METHOD.KEY=VALUE, repeatable.")]
+Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training part.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="In place of --epochs: as many as these steps allow.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Examples per training step.")]
+Precision = Annotated[str, typer.Option(help="fp32 or bf16 (mixed).")]
 Layers = Annotated[
     str | None, typer.Option(help="Globs with commas, e.g. 'blocks.*'. Default: embeddings, blocks, norm.")
 ]
@@ -75,10 +81,17 @@ def names_of(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(name for name in text.split(",") if name)
 
 
-def settings_of(given: list[str]) -> dict[str, dict[str, str]]:
+def precision_of(text: str) -> str:
+    """--precision, checked."""
+    if text not in ("fp32", "bf16"):
+        raise SidebenchError(f"--precision is fp32 or bf16; found {text!r}.")
+    return text
+
+
+def settings_of(given: list[str] | None) -> dict[str, dict[str, str]]:
     """--set METHOD.KEY=VALUE, as method -> key -> value."""
     found: dict[str, dict[str, str]] = {}
-    for text in given:
+    for text in given or ():
         name, equals, value = text.partition("=")
         method, dot, key = name.rpartition(".")
         if not (equals and dot and method and key):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..adapters._base import CachedMethod, FittedMethod, Method, PrefixMethod
+from ..adapters._base import Method
 from ..cache.backbone import Backbone
 from ..cache.errors import SidebenchError
 from ..cache.examples import Examples
@@ -21,6 +21,7 @@ from ..cache.planning import CaptureOptions
 from ..cache.reduction import reduction_of
 from ..cache.writer import StoreWriter
 from ..cache.zarr_store import ZarrStore
+from .choice import layers_read
 from .predict import Step, layer_shapes, text_tokens
 from .prepare import Say
 from .tasks.base import Pooling
@@ -70,11 +71,8 @@ class CacheFacts:
         """Those asked for; else those the methods read; without one that reads any, all that `cache build` keeps."""
         if self.capture.layers:
             return self.backbone.resolve(self.capture.layers)
-        wanted: list[str] = []
-        for method in self.methods:
-            if isinstance(method, CachedMethod | FittedMethod | PrefixMethod):
-                wanted += method.layers(self.backbone.arch)
-        return self.backbone.resolve(dict.fromkeys(wanted)) if wanted else self.backbone.layers
+        wanted = layers_read(self.methods, self.backbone.arch)
+        return self.backbone.resolve(wanted) if wanted else self.backbone.layers
 
     def manifest(self, examples: int, rows: int | None = None) -> Manifest:
         """A store of so many examples, texts as long as the longest unless `rows` says how many tokens there are."""

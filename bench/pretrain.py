@@ -22,22 +22,18 @@ from ..adapters._registry import Named
 from ..cache.build import BuildResult, Plan, Progress
 from ..cache.errors import SidebenchError
 from ..cache.manifest import canonical_json
-from ..cache.memory_store import place, tier_named
-from ..cache.zarr_store import ZarrStore
-from .assemble import Initial, Shared, assemble, seeded, settings_of
-from .choice import refusal
+from .assemble import Initial, Shared, assemble, placed, seeded, settings_of
+from .choice import layers_read, refusal
 from .compare import check_pooling
 from .contrastive import PROJECTION, Contrastive
-from .initial import layers_read
-from .jobs import code_sha256
-from .learner import CachedSource, Learner
+from .jobs import code_sha256, job_of
+from .learner import Learner
 from .prepare import Prepared, Say, plan_store, prepare, resolve_device, store_for
 from .pretrain_request import PretrainRequest, facts_of, method_of
 from .record import Job
 from .resume import ResumeFile
-from .tasks.base import Split
+from .tasks.base import Split, Task
 from .tasks.contents import example_hashes
-from .tasks.load import family_of
 from .tasks.split import split as split_task
 from .training import SUPERVISED, Diverged, Objective, Trained, load_trained, train
 from .zero_shot import Control, control_of
@@ -68,7 +64,7 @@ def pretrain(
     control = control_of(request.zero_shot, prepared, method, request.capture, request.split_seed, home, say, progress)
     built = _store(prepared, planned, method, say, progress)
     hashes = example_hashes(prepared.task.examples, HASH_BYTES)[np.concatenate([parts.train, parts.val])]
-    job = _job(request, named, method, prepared, facts, built)
+    job = _job(request, named, prepared.task, facts, built)
     del prepared, planned  # a cached method trains with no backbone in memory
     return _train(request, method, job, parts, facts, torch.from_numpy(hashes), resume, control, say)
 
@@ -95,42 +91,29 @@ def _finished(request: PretrainRequest, facts: Facts, say: Say) -> dict[str, Any
 
 
 def _store(prepared: Prepared, planned: Plan, method: Method, say: Say, progress: Progress) -> BuildResult | None:
-    layers = layers_read(method, prepared.arch)
+    layers = layers_read([method], prepared.arch)
     if not layers:
         return None
     return store_for(prepared, planned, layers, may_build=True, progress=progress, say=say)
 
 
-def _job(
-    request: PretrainRequest, named: Named, method: Method, prepared: Prepared, facts: Facts, built: BuildResult | None
-) -> Job:
-    inputs, task, contrastive = request.inputs, prepared.task, request.objective == "contrastive"
-    return Job(
-        method=named.text,
-        settings=dict(request.settings.get(named.key, {})),
+def _job(request: PretrainRequest, named: Named, task: Task, facts: Facts, built: BuildResult | None) -> Job:
+    job = job_of(
+        named,
+        request.settings,
+        request.inputs,
+        task,
+        request.capture,
+        built,
         seed=request.seed,
-        kind=named.kind,
-        backbone=inputs.backbone,
-        task=inputs.task,
-        image_size=inputs.image_size,
-        max_length=inputs.max_length,
-        limit=inputs.limit,
         split_seed=request.split_seed,
         epochs=int(facts.training["epochs"]),
         batch_size=request.batch_size,
         lrs=(float(facts.training["lr"]),),
         precision=request.precision,
-        device=str(resolve_device(inputs.device, lambda _: None)),
         data={},
-        num_outputs=PROJECTION if contrastive else task.num_outputs,
-        pooling=task.pooling,
-        store=None if built is None else str(built.folder.absolute()),
-        views=request.capture.views,
-        view_seed=request.capture.form().seed if request.capture.views else None,
-        score=task.score_name,
-        values=task.values or (),
-        family=family_of(inputs.task),
     )
+    return replace(job, num_outputs=PROJECTION) if request.objective == "contrastive" else job
 
 
 def _train(
@@ -147,9 +130,7 @@ def _train(
     begun, device = time.perf_counter(), torch.device(job.device)
     initial = Initial(job, method, parts.train, device, lambda *_, **__: None)
     made = assemble(job, method, device, initial, Shared())
-    source = made.source
-    if isinstance(source, CachedSource) and isinstance(source.store, ZarrStore):
-        source = replace(source, store=place(source.store, source.layers, tier_named(job.tier), device).store)
+    source, _ = placed(made.source, job, device)
     targets = torch.from_numpy(job.targets(made.targets)).to(device)
     objective: Objective = Contrastive(request.temperature) if request.objective == "contrastive" else SUPERVISED
 

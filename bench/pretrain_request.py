@@ -13,11 +13,11 @@ from ..adapters._pretrained_facts import Facts
 from ..adapters._registry import SUFFIX, Named
 from ..cache.build import CaptureOptions, Plan
 from ..cache.errors import SidebenchError, unknown
-from .choice import chosen_methods
+from .choice import chosen_methods, layers_read
 from .contrastive import PROJECTION
-from .initial import backbone_facts, layers_read, module_facts
 from .jobs import parts_sha256
 from .prepare import Inputs, Prepared
+from .pretrained import backbone_facts, module_facts
 from .record import epochs_within
 from .tasks.base import Split
 from .tasks.load import family_of
@@ -102,7 +102,7 @@ def facts_of(
         named,
         method,
         backbone_facts(prepared.arch, str(manifest.backbone["weights_sha256"])),
-        layers=layers_read(method, prepared.arch),
+        layers=layers_read([method], prepared.arch),
         preprocessing=dict(manifest.preprocessing),
         source={
             "task": task.uri,

@@ -5,9 +5,9 @@ from typing import Any
 
 from ..adapters._base import TrainingConfig
 from . import few_shot_report
-from .initial import sentences as pretrained_modules
 from .markdown import MIB, bullets, interval, mib, table, text
 from .outcome import Outcome
+from .pretrained import sentences as pretrained_modules
 from .table import Compared
 from .tasks.score import ACCURACY
 

@@ -67,13 +67,15 @@ def comparisons(outcome: Outcome) -> list[Compared]:
     By paired tests, adjusted for their number.
     """
     pairs: list[tuple[Runs, Runs]] = []
+    read: dict[tuple[str, int | None], tuple[Numbers, Numbers]] = {}
     for shots in dict.fromkeys(runs.shots for runs in outcome.runs):
         complete = {runs.method: runs for runs in outcome.runs if runs.shots == shots and _is_complete(runs)}
+        read |= {(method, shots): _predictions(outcome, runs) for method, runs in complete.items()}
         reference = REFERENCE if REFERENCE in complete else next(iter(complete), None)
         for method, runs in complete.items():
             against = dict.fromkeys([reference, outcome.twins.get(method)])
             pairs += [(runs, complete[other]) for other in against if other in complete and other != method]
-    results = [_tested(outcome, _predictions(outcome, one), _predictions(outcome, other)) for one, other in pairs]
+    results = [_tested(outcome, *(read[runs.method, runs.shots] for runs in pair)) for pair in pairs]
     adjusted = holm([result.p_value for result in results])
     return [
         Compared(

@@ -4,7 +4,6 @@ Reads the jobs, which differ in shots alone. In turn: measures memory, trains ea
 and its predictions. Events go to stdout as JSON lines.
 """
 
-import dataclasses
 import functools
 import json
 import sys
@@ -22,13 +21,13 @@ from ..adapters._base import FittedMethod, Method, trained
 from ..adapters._registry import config_facts, find_method
 from ..cache.errors import SidebenchError
 from ..cache.feed import all_views
-from ..cache.memory_store import place, tier_named
+from ..cache.memory_store import Placed
 from ..cache.store import Index
 from ..cache.zarr_store import ZarrStore
-from .assemble import Assembled, Initial, Shared, assemble, seeded, settings_of, shapes_of
+from .assemble import Assembled, Initial, Shared, assemble, placed, seeded, settings_of, shapes_of
 from .device_memory import DeviceMeter
 from .environment import environment
-from .learner import CachedSource, Source, longest_batch
+from .learner import longest_batch
 from .measure import Memory, measure_fit, measure_training
 from .predicted import with_fit_prediction, with_prediction
 from .record import Cost, Job, RunRecord, read_split, trial_path, write_json, write_predictions
@@ -68,7 +67,9 @@ def run(job: Job, folder: Path, shared: Shared) -> None:
     learner, ids, all_targets = assembled.learner, assembled.ids, job.targets(assembled.targets)
     targets = torch.from_numpy(all_targets).to(device)
     memory = _measured(job, method, assembled, targets, split, device_meter, shared)
-    source, placed = _placed(assembled.source, job, device)
+    source, tier = placed(assembled.source, job, device)
+    if tier is not None:
+        emit("tier", tier=tier.tier, why=tier.why)
     start = snapshot(learner)
     for lr in job.lrs:
         load_trained(learner, start)  # every learning rate starts at the same point
@@ -92,7 +93,7 @@ def run(job: Job, folder: Path, shared: Shared) -> None:
         chosen = {"lr": lr, "best_epoch": found.best_epoch + 1, "val_score": found.val_score, "losses": found.losses}
         chosen |= {"sizes": split.sizes(), **initial.facts}
         chosen |= {"mapped": list(assembled.mapped)} if job.init is not None else {}
-        _write(job, folder, method, split.test, ids, logits, all_targets, cost, {**chosen, **placed})
+        _write(job, folder, method, split.test, ids, logits, all_targets, cost, {**chosen, **_tier_facts(tier)})
     return None
 
 
@@ -117,17 +118,8 @@ def _measured(
     return shared.memory[shapes]
 
 
-def _placed(source: Source, job: Job, device: torch.device) -> tuple[Source, dict[str, Any]]:
-    """The source read from the tier asked for, and what the record says of it.
-
-    After memory was measured: a cache that is held in memory is there for speed and is named apart from the peak.
-    """
-    if not isinstance(source, CachedSource) or not isinstance(source.store, ZarrStore):
-        return source, {}
-    placed = place(source.store, source.layers, tier_named(job.tier), device)
-    emit("tier", tier=placed.tier, why=placed.why)
-    facts = {"cache_tier": placed.tier, "cache_resident_bytes": placed.resident_bytes}
-    return dataclasses.replace(source, store=placed.store), facts
+def _tier_facts(tier: Placed | None) -> dict[str, Any]:
+    return {} if tier is None else {"cache_tier": tier.tier, "cache_resident_bytes": tier.resident_bytes}
 
 
 def _run_fitted(job: Job, method: FittedMethod, split: Split, device_meter: DeviceMeter, folder: Path) -> None:

@@ -18,7 +18,7 @@ from ..cache.errors import SidebenchError
 from ..cache.store import Index
 from ..cache.zarr_store import ZarrStore
 from .assemble import Assembled, backbone_of
-from .initial import layers_read
+from .choice import layers_read
 from .learner import CachedSource, LiveSource, Source
 from .prepare import Prepared, Say, plan_store, store_for
 from .record import Job
@@ -82,7 +82,7 @@ def control_of(
             f"--zero-shot {uri} wants the classes and the score of {source.uri}"
             + (f"; only one of them has {', '.join(map(repr, foreign))}." if foreign else ".")
         )
-    layers = layers_read(method, prepared.arch)
+    layers = layers_read([method], prepared.arch)
     test = split_task(task, split_seed).test
     hashes = [bytes(row) for row in example_hashes(task.examples, HASH_BYTES)[test]]
     if not layers:

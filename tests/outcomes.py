@@ -1,6 +1,7 @@
 """Tiny tasks on disk, and outcomes of comparisons made by hand, for the tests of tables, reports and commands."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,35 @@ MEASURED: Mapping[str, Any] = {
     "lr": 0.001,
 }
 CATEGORIES = tuple(MEASURED["memory_by_category"])
+
+# The command line in a process of its own. A shell starts what stands before an & deaf to SIGINT; this one hears it.
+COMMAND = (
+    sys.executable,
+    "-c",
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from sidebench.cli import app; app()",
+)
+# A cached method; {forward} is a statement that it runs first.
+METHOD_FILE = '''
+import os, signal, sys, time
+from pathlib import Path
+from torch import nn
+from sidebench.adapters._base import Body, CachedMethod
+
+class Mine(CachedMethod):
+    """A method in a file of its own."""
+    paper = "none"
+    def build(self, arch, widths, weights):
+        return Net(widths[arch.states[-1]], arch.states[-1])
+
+class Net(Body):
+    def __init__(self, width, layer):
+        super().__init__()
+        self.width, self.layer = width, layer
+        self.map = nn.Linear(width, width)
+    def forward(self, batch):
+        {forward}
+        return self.map(batch.state(self.layer))
+'''
 
 
 def here(job: Job, folder: Path, listener: Listener, shared: Shared | None = None) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import toys
 import typer
-from outcomes import here, spawning, write_texts
+from outcomes import COMMAND, here, spawning, write_texts
 from typer.testing import CliRunner
 
 from sidebench.bench import choice, worker
@@ -546,7 +546,7 @@ def test_ctrl_c_in_a_build_exits_130_and_the_same_command_goes_on(home: Path, tm
     (tmp_path / "slow").touch()
     words = ["cache", "build", "--json", "--backbone", "module:slowly:make", "--task", "folder:pictures"]
     words += ["--batch-size", "16", "--image-size", "16", "--device", "cpu"]
-    command = [sys.executable, "-c", "from sidebench.cli import app; app()", *words]
+    command = [*COMMAND, *words]
     process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not (tmp_path / "begun").exists() and process.poll() is None and time.monotonic() < deadline:

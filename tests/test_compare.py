@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from outcomes import CATEGORIES, here, spawning, write_texts
+from outcomes import CATEGORIES, COMMAND, METHOD_FILE, here, spawning, write_texts
 
 from sidebench.bench import choice, training, worker
 from sidebench.bench import compare as comparing
@@ -24,6 +23,7 @@ from sidebench.bench import launch as launching
 from sidebench.bench.compare import compare
 from sidebench.bench.jobs import learning_rates
 from sidebench.bench.launch import Listener
+from sidebench.bench.learner import CachedSource
 from sidebench.bench.outcome import Outcome, Request
 from sidebench.bench.prepare import Inputs
 from sidebench.bench.record import Job, read_predictions, read_record, read_split, split_name, trial_path, write_json
@@ -34,27 +34,6 @@ from sidebench.cache.store import Index
 
 SPLIT = split_name(None, 0)
 QUICK = {"linear_probe": {"candidates": "2", "max_iterations": "60"}}
-METHOD_FILE = '''
-import os, signal, sys, time
-from pathlib import Path
-from torch import nn
-from sidebench.adapters._base import Body, CachedMethod
-
-class Mine(CachedMethod):
-    """A method in a file of its own."""
-    paper = "none"
-    def build(self, arch, widths, weights):
-        return Net(widths[arch.states[-1]], arch.states[-1])
-
-class Net(Body):
-    def __init__(self, width, layer):
-        super().__init__()
-        self.width, self.layer = width, layer
-        self.map = nn.Linear(width, width)
-    def forward(self, batch):
-        {forward}
-        return self.map(batch.state(self.layer))
-'''
 
 
 @pytest.fixture(scope="module")
@@ -370,13 +349,13 @@ def test_trials_never_look_at_the_test_part_and_the_final_run_does_once_at_its_e
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: dict[int, list[int]] = {1: [], 2: []}  # by the number of rates of the job
-    batches = worker.CachedSource.batches
+    batches = CachedSource.batches
 
-    def recorded(source: worker.CachedSource, wanted: list[Index]) -> Iterator[Any]:
+    def recorded(source: CachedSource, wanted: list[Index]) -> Iterator[Any]:
         asked[len(started[-1].lrs)] += [int(i) for index in wanted for i in index]
         return batches(source, wanted)
 
-    monkeypatch.setattr(worker.CachedSource, "batches", recorded)
+    monkeypatch.setattr(CachedSource, "batches", recorded)
     outcome = _compare(request_for("unipt", lr="0.01,0.001", epochs=1), place, runs=str(tmp_path))
     parts = read_split(outcome.folder / SPLIT)
     test = parts.test.tolist()
@@ -542,7 +521,7 @@ def bench(place: Path, models: Path) -> Callable[..., subprocess.Popen[str]]:
     """Starts the real command; its caches and runs are those of this module."""
 
     def start(*methods: str, **options: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", "from sidebench.cli import app; app()", "compare", "--json"]
+        command = [*COMMAND, "compare", "--json"]
         command += ["--backbone", f"hf:{models / 'bert'}", "--task", f"jsonl:{place / 'reviews.jsonl'}"]
         command += ["--methods", ",".join(methods), "--seeds", "0", "--epochs", "2", "--device", "cpu"]
         command += [f"--set=linear_probe.{key}={value}" for key, value in QUICK["linear_probe"].items()]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from outcomes import here, make_outcome, spawning, write_texts
+from outcomes import METHOD_FILE, here, make_outcome, spawning, write_texts
 
 from sidebench.bench import few_shot_report
 from sidebench.bench import launch as launching
@@ -271,33 +271,11 @@ def test_less_than_one_shot_is_refused(
         _compare(request_for("unipt", shots=shots), place, "none")
 
 
-MORTAL = '''
-import os, signal
-from torch import nn
-from sidebench.adapters import Body, CachedMethod
-
-class Mortal(CachedMethod):
-    """Dies at one number of shots."""
-    paper = "none"
-    def build(self, arch, widths, weights):
-        return Net(widths[arch.states[-1]], arch.states[-1])
-
-class Net(Body):
-    def __init__(self, width, layer):
-        super().__init__()
-        self.width, self.layer = width, layer
-        self.map = nn.Linear(width, width)
-    def forward(self, batch):
-        if len(batch.mask) == 4:  # two classes at 2 shots
-            os.kill(os.getpid(), signal.SIGKILL)
-        return self.map(batch.state(self.layer))
-'''
-
-
 def test_a_run_that_is_killed_costs_neither_those_before_it_nor_those_behind_it(
     request_for: Callable[..., Request], place: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "mortal.py").write_text(MORTAL)
+    dies = "len(batch.mask) == 4 and os.kill(os.getpid(), signal.SIGKILL)"  # two classes at 2 shots
+    (tmp_path / "mortal.py").write_text(METHOD_FILE.replace("{forward}", dies))
     events: list[str] = []
     request = request_for(str(tmp_path / "mortal.py"), seeds=(0,), shots=(1, 2, 8), batch_size=64)
     outcome = _compare(request, place, "killed", Listener(run_event=lambda job, event: events.append(event["event"])))

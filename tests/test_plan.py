@@ -3,14 +3,13 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from method_cases import known_methods
-from outcomes import write_texts
+from outcomes import COMMAND, write_texts
 from toys import build_store, make_images, make_texts
 from typer.testing import CliRunner
 
@@ -382,7 +381,7 @@ def test_the_accepted_command_answers_with_the_figures_without_network_or_gpu(tm
     options = {"--backbone": "hf-config:vit-base", "--methods": "all", "--batch-size": "64", "--precision": "fp32"}
     words = ["plan", *(word for pair in options.items() for word in pair), "--json"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "SIDEBENCH_HOME": str(tmp_path)}
-    command = [sys.executable, "-c", "from sidebench.cli import app; app()", *words]
+    command = [*COMMAND, *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     found = {row["method"]: row["predicted_peak_bytes"] / 2**20 for row in json.loads(done.stdout)["methods"]}
     for name, wanted in {"full": 8316, "lora": 5559, "vpt": 5383, "bitfit": 5141}.items():

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import toys
-from outcomes import write_texts
+from outcomes import COMMAND, METHOD_FILE, write_texts
 from typer.testing import CliRunner
 
 from sidebench.adapters._base import trained
@@ -510,14 +509,12 @@ def test_contrastive_pre_training_looks_at_no_label(method: str, place: Place) -
 
 # Stopped and resumed
 
-COMMAND = "import sys; from sidebench.cli import app; app()"
-
 
 @pytest.mark.parametrize("method", ["vpt", pytest.param("unipt", marks=pytest.mark.long)])
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(method: str, place: Place) -> None:
     def command(out: Path) -> list[str]:
         words = ["pretrain", "--backbone", place.backbone, "--task", place.source, "--method", method, "--json"]
-        return [sys.executable, "-c", COMMAND, *words, "--epochs", "30", "--device", "cpu", "--out", str(out)]
+        return [*COMMAND, *words, "--epochs", "30", "--device", "cpu", "--out", str(out)]
 
     environment = {**os.environ, "SIDEBENCH_HOME": str(place.folder), "OMP_NUM_THREADS": "1"}
     options: dict[str, Any] = {"env": environment, "cwd": place.folder, "stdout": subprocess.PIPE, "text": True}
@@ -573,28 +570,11 @@ def test_a_training_that_stopped_goes_on_behind_its_last_whole_epoch(place: Plac
     assert document["sha256"] == other["sha256"]
 
 
-DRAWING = """
-from torch import nn
-from sidebench.adapters._base import Body, CachedMethod
-
-class Drawing(CachedMethod):
-    paper = "none"
-    def build(self, arch, widths, weights):
-        return Net(widths[arch.states[-1]], arch.states[-1])
-
-class Net(Body):
-    def __init__(self, width, layer):
-        super().__init__()
-        self.width, self.layer = width, layer
-        self.map = nn.Linear(width, width)
-        self.dropout = nn.Dropout(0.5)
-    def forward(self, batch):
-        return self.dropout(self.map(batch.state(self.layer)))
-"""
+DRAWING = "return nn.functional.dropout(self.map(batch.state(self.layer)), 0.5, self.training)"
 
 
 def test_a_method_that_draws_while_it_trains_goes_on_drawing_as_if_it_had_not_been_stopped(place: Place) -> None:
-    (place.folder / "drawing.py").write_text(DRAWING)
+    (place.folder / "drawing.py").write_text(METHOD_FILE.replace("{forward}", DRAWING))
     request = place.request(str(place.folder / "drawing.py"), "drawn.safetensors", epochs=3)
 
     def say(text: str) -> None:

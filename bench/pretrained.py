@@ -134,9 +134,3 @@ def begin_pretrained(job: Job, method: Method, learner: Learner) -> list[str]:
         raise SidebenchError(f"{named.init} was changed since the comparison began; start it again.")
     wanted = module_facts(named, method, job.init["backbone"])
     return load_into(learner.body, file, wanted, job.init["mappings"])
-
-
-def layers_read(method: Method, arch: Architecture) -> tuple[str, ...]:
-    """The layers that a method reads from a cache."""
-    layers = getattr(method, "layers", None)
-    return tuple(layers(arch)) if layers is not None else ()
