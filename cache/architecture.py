@@ -18,6 +18,11 @@ Norm = Literal["pre", "post"]
 # sees the class token alone, so the last block is the last layer there.
 _FINAL_NORMS = ("layernorm", "norm", "final_layer_norm", "final_layernorm", "ln_f", "encoder.final_layer_norm")
 _STACK_NORMS = ("final_layer_norm", "layer_norm", "norm")  # inside the encoder or the decoder of an encoder-decoder
+BEFORE_LAST = "before_last"
+"""The layer that enters the last bottleneck of a convolutional network made of them."""
+
+POSITIONS = "positions"
+"""The layer of what DETR's blocks add to their keys."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,19 @@ class Architecture:
     decoder_blocks: int = 0  # of an encoder-decoder, whose `blocks` are the encoder's
     t5_blocks: bool = False  # of an encoder-decoder: the blocks of both stacks are those of the first T5
     stages: tuple[tuple[int, int], ...] = ()  # (H, W) of each map `stages.0` … of a convolutional network
+    bottlenecks: bool = False  # its stages are residual bottlenecks, and `before_last` is what enters the last of them
     biasless: bool = False  # the final tokens depend on no parameter called bias
+    projected_from: int | None = None  # D of the blocks, where the final layer is one projected embedding (CLIP's)
+
+    @property
+    def state_width(self) -> int:
+        """D of the hidden states."""
+        return self.projected_from or self.width
+
+    @property
+    def detr_blocks(self) -> bool:
+        """Whether the blocks of both stacks are DETR's: they normalise behind the sum and attend both ways."""
+        return self.decoder_blocks > 0 and self.norm == "post" and not self.causal
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -67,7 +84,7 @@ def find_taps(module: nn.Module, stacks: Sequence[str]) -> dict[str, tuple[str, 
     if not blocks_in(module, stacks[0]):
         return {}
     if len(stacks) == 1:
-        return _stack_taps(module, "", _FINAL_NORMS)
+        return _stack_taps(module, stacks[0], _FINAL_NORMS)
     encoder, decoder = (_stack_taps(module, stack, _STACK_NORMS) for stack in stacks)
     if "norm" in encoder:
         encoder["encoder_norm"] = encoder.pop("norm")
@@ -103,6 +120,26 @@ def find_blocks(module: nn.Module) -> str | None:
         if len({type(c) for c in child}) == 1 and (best is None or len(child) > best[0]):
             best = (len(child), path)
     return best[1] if best else None
+
+
+def stage_taps(module: nn.Module, stages: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """The same of a convolutional network, whose `stages` are paths of modules: their maps, and BEFORE_LAST."""
+    taps = {f"stages.{i}": (path, "output") for i, path in enumerate(stages)}
+    parts = [module.get_submodule(path) for path in stages]
+    blocks = [list(part) for part in parts if isinstance(part, nn.Sequential)]
+    inside = [name for part in parts[-1:] for name, _ in part.named_children()]
+    whole = len(blocks) == len(parts) and all(_is_bottleneck(block) for part in blocks for block in part)
+    if whole and len(inside) > 1:
+        last = taps.popitem()
+        taps |= {BEFORE_LAST: (f"{stages[-1]}.{inside[-2]}", "output"), last[0]: last[1]}
+    return taps
+
+
+def _is_bottleneck(block: nn.Module) -> bool:
+    """As torchvision, CLIP and timm name its convolutions: 1 x 1, then larger, then 1 x 1."""
+    convs = [getattr(block, f"conv{number}", None) for number in (1, 2, 3)]
+    sizes = [conv.kernel_size for conv in convs if isinstance(conv, nn.Conv2d)]
+    return len(sizes) == 3 and sizes[0] == sizes[2] == (1, 1) != sizes[1]
 
 
 def is_bias(name: str) -> bool:

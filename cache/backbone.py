@@ -7,8 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architecture import Architecture, Norm, blocks_in, find_taps, has_bias, is_bias, mlp_width, norm_eps
+from .architecture import (
+    BEFORE_LAST,
+    POSITIONS,
+    Architecture,
+    Norm,
+    blocks_in,
+    find_taps,
+    has_bias,
+    is_bias,
+    mlp_width,
+    norm_eps,
+    stage_taps,
+)
 from .errors import SidebenchError, unknown
+from .joint import JointPreprocess
 from .preprocess import Inputs, Preprocess
 
 
@@ -17,6 +30,7 @@ class _Done(Exception):
 
 
 Sink = Callable[[str, Tensor], None]
+_MORE_WORDS = 4  # in the second example that shapes are learned from
 
 
 class Backbone:
@@ -36,28 +50,42 @@ class Backbone:
         config_facts: Mapping[str, Any] | None = None,
         unloaded: Iterable[str] = (),
         stages: Sequence[str] = (),
-        stacks: tuple[str, str] | None = None,
+        stacks: tuple[str, ...] | None = None,
         t5_blocks: bool = False,
+        projection: str | None = None,
+        head_parts: Mapping[str, str] | None = None,
+        positions: str | None = None,
     ) -> None:
-        """`stages`: modules that yield the maps of a CNN; `stacks`: encoder and decoder of a network with both."""
+        """`stages`: modules that yield the maps of a CNN; `stacks`: encoder and decoder of a network with both,
+        or the part that the blocks are in.
+
+        `projection`: the module that yields one embedding (B, E) per example, which is then the layer `projected`.
+        `head_parts`: parameters that a task's head begins with, by the names that they have there.
+        `positions`: the module that yields what the blocks add to their keys, which is then a layer of that name.
+        """
         self.module = module.eval().requires_grad_(False)
         self.preprocess = preprocess
         self.forward_options = dict(forward_options or {})
+        self._head_parts = dict(head_parts or {})
         self.config_facts = dict(config_facts or {})
         self.unloaded = frozenset(unloaded)  # parameters the checkpoint does not hold (an unused pooler)
         self.stacks = stacks or ("",)
         self.blocks_path = None if stages else blocks_in(module, self.stacks[0])
-        maps = {f"stages.{i}": (path, "output") for i, path in enumerate(stages)}
-        self._taps = maps or find_taps(module, self.stacks)
+        self._taps = stage_taps(module, stages) or find_taps(module, self.stacks)
+        if positions:
+            self._taps = {POSITIONS: (positions, "output"), **self._taps}
+        inner = as_tokens(self.final_layer, self._probe()) if projection else None
+        if projection:
+            self._taps["projected"] = (projection, "output")
         probe = self._probe()
         stage_grids = self._name_stages(named=bool(stages)) if stages or probe.ndim == 4 else ()
-        probe = _as_tokens(self.final_layer, probe)
+        probe = as_tokens(self.final_layer, probe)
         self.arch = Architecture(
             name=name or type(module).__name__,
             modality=preprocess.modality,
             blocks=len(self.encoder_blocks),
             width=probe.shape[-1],
-            prefix_tokens=preprocess.prefix_tokens(probe.shape[1]),
+            prefix_tokens=preprocess.prefix_tokens((probe if inner is None else inner).shape[1]),
             final_layer=self.final_layer,
             heads=heads,
             mlp_width=mlp_width(self.blocks),
@@ -67,9 +95,11 @@ class Backbone:
             layer_scale=any(n.endswith("layer_scale1") for n, _ in module.named_modules()),
             causal=causal,
             stages=stage_grids,
+            bottlenecks=BEFORE_LAST in self._taps,
             decoder_blocks=len(self.blocks) - len(self.encoder_blocks),
             t5_blocks=t5_blocks,
             biasless=self._is_biasless(),
+            projected_from=None if inner is None else inner.shape[2],
         )
 
     @property
@@ -87,9 +117,20 @@ class Backbone:
         """The blocks before any decoder's: of most backbones all."""
         return list(self.module.get_submodule(self.blocks_path).children()) if self.blocks_path else []
 
+    @property
+    def bottleneck_paths(self) -> list[str]:
+        """Dotted module path of every bottleneck of a convolutional network made of them, else none."""
+        stages = [self.tap_path(layer) for layer in self.arch.states] if self.arch.bottlenecks else []
+        return [f"{stage}.{name}" for stage in stages for name, _ in self.module.get_submodule(stage).named_children()]
+
     def dummy(self) -> Inputs:
         """Inputs of one example, to learn shapes from."""
         return self.preprocess.dummy(self.device)
+
+    @property
+    def head_parts(self) -> dict[str, Tensor]:
+        """What the checkpoint holds of a task's head."""
+        return {name: self.module.get_parameter(path) for name, path in self._head_parts.items()}
 
     @property
     def block_paths(self) -> list[str]:
@@ -108,7 +149,7 @@ class Backbone:
 
     @property
     def final_layer(self) -> str:
-        """The layer a head reads: `norm` where there is one, else the last block."""
+        """The layer a head reads: `projected` or `norm` where there is one, else the last block."""
         if not self._taps:
             raise SidebenchError(
                 f"{type(self.module).__name__} has no blocks to name: no ModuleList or Sequential inside it holds "
@@ -141,7 +182,7 @@ class Backbone:
         Gradients flow when they are enabled; the caller decides. A convolutional map (B, C, H, W) becomes
         (B, H*W, C) and a vector (B, D) becomes (B, 1, D).
         """
-        self._watch(inputs, layers, lambda layer, value: sink(layer, _as_tokens(layer, value)))
+        self._watch(inputs, layers, lambda layer, value: sink(layer, as_tokens(layer, value)))
 
     def _watch(self, inputs: Inputs, layers: Iterable[str], sink: Sink) -> None:
         """`run` with each layer's tensor as the module yields it."""
@@ -192,18 +233,25 @@ class Backbone:
         Raises SidebenchError for a layer whose tokens neither follow the text nor stay as many.
         """
         wanted, dummy = list(layers), self.dummy()
-        found = {layer: (value.shape[1], value.shape[2]) for layer, value in self.capture(dummy, wanted).items()}
+        joint = self.preprocess if isinstance(self.preprocess, JointPreprocess) else None
+        asked = [self.layers[0], *wanted] if joint else wanted  # which has as many tokens as the example
+        found = {layer: (value.shape[1], value.shape[2]) for layer, value in self.capture(dummy, asked).items()}
         if self.arch.modality == "image":
             return dict(found)
-        length = max(value.shape[1] for value in dummy.values())
-        twice = {name: torch.cat([v, v], 1) if v.shape[1] == length else v for name, v in dummy.items()}
+        if joint:
+            length = found[self.layers[0]][0]
+            longer, other = length + _MORE_WORDS, joint.sized(length + _MORE_WORDS, self.device)
+        else:
+            length = max(value.shape[1] for value in dummy.values())
+            longer = 2 * length
+            other = {name: torch.cat([v, v], 1) if v.shape[1] == length else v for name, v in dummy.items()}
         shapes: dict[str, tuple[int | None, int]] = {}
-        for layer, value in self.capture(twice, wanted).items():
+        for layer, value in self.capture(other, wanted).items():
             tokens, width = found[layer]
-            if (tokens, value.shape[1]) != (length, 2 * length) and tokens != value.shape[1]:
+            if (tokens, value.shape[1]) != (length, longer) and tokens != value.shape[1]:
                 raise SidebenchError(
                     f"layer {layer} yields {tokens} tokens for a text of {length} and {value.shape[1]} for one of "
-                    f"{2 * length}; leave it out."
+                    f"{longer}; leave it out."
                 )
             shapes[layer] = (None if tokens != value.shape[1] else tokens, width)
         return shapes
@@ -252,7 +300,7 @@ class Backbone:
                 return ()
             said = ", ".join(f"{self.tap_path(layer)} yields {tuple(shapes[layer])}" for layer in flat)
             raise SidebenchError(f"a stage is a map (B, C, H, W), and {said}; name other modules.")
-        grids = [(shapes[layer][2], shapes[layer][3]) for layer in self.layers]
+        grids = [(shapes[layer][2], shapes[layer][3]) for layer in self.layers if layer != BEFORE_LAST]
         if named:
             return tuple(grids)
         last = dict(zip(grids, self.layers, strict=True))
@@ -285,7 +333,8 @@ def _as_tensor(layer: str, value: Any) -> Tensor:
     return value
 
 
-def _as_tokens(layer: str, value: Tensor) -> Tensor:
+def as_tokens(layer: str, value: Tensor) -> Tensor:
+    """(B, T, D) of a layer's output: a map (B, C, H, W) row by row, of a vector (B, D) one token."""
     if value.ndim == 4:
         return value.flatten(2).mT  # (B, C, H, W) -> (B, H*W, C)
     if value.ndim == 2:

@@ -56,6 +56,7 @@ class BackboneWeights:
     norm: tuple[Tensor, Tensor | None] | None
     importance: "BackboneWeights | None" = None
     encoder_norm: tuple[Tensor, Tensor | None] | None = None
+    queries: Tensor | None = None  # (Q, D) what DETR's decoder adds to its states in every block
 
 
 @dataclass(frozen=True)
@@ -125,14 +126,17 @@ def read_weights(backbone: Backbone) -> BackboneWeights:
     """Copies of the weights on the host. Raises SidebenchError when a block is not the usual attention and MLP."""
     tables = [m.weight for m in backbone.module.modules() if isinstance(m, nn.Embedding)]
     patches = [m.weight.flatten(1).T for m in backbone.module.modules() if isinstance(m, nn.Conv2d)]
-    embedding = max(tables, key=torch.numel) if backbone.arch.modality == "text" else patches[0]
+    embedding = max(tables, key=torch.numel) if backbone.arch.modality != "image" else patches[0]
+    if backbone.arch.detr_blocks:
+        embedding = _detr_embedding(backbone.module)
     norm, encoder_norm = (
         _pair(backbone.module.get_submodule(backbone.tap_path(layer))) if layer in backbone.layers else None
         for layer in ("norm", "encoder_norm")
     )
-    read = _read_t5_block if backbone.arch.t5_blocks else _read_block
+    read = _read_t5_block if backbone.arch.t5_blocks else _read_detr_block if backbone.arch.detr_blocks else _read_block
     blocks = tuple(read(block) for block in backbone.blocks)
-    return BackboneWeights(_host(embedding), blocks, norm, encoder_norm=encoder_norm)
+    queries = _host(backbone.module.get_parameter("query_embed.weight")) if backbone.arch.detr_blocks else None
+    return BackboneWeights(_host(embedding), blocks, norm, encoder_norm=encoder_norm, queries=queries)
 
 
 def _read_block(block: nn.Module) -> BlockWeights:
@@ -173,6 +177,40 @@ def _read_t5_block(block: nn.Module) -> BlockWeights:
 
 def _read_t5_attention(layer: nn.Module, name: str) -> list[tuple[Tensor, Tensor | None]]:
     return [_pair(layer.get_submodule(path)) for path in (*(f"{name}.{part}" for part in "qkvo"), "layer_norm")]
+
+
+def _detr_embedding(module: nn.Module) -> Tensor:
+    """What brings the image's tokens to the blocks' width."""
+    projection = dict(module.named_modules()).get("input_proj")
+    if not isinstance(projection, nn.Conv2d):
+        raise SidebenchError(
+            f"{type(module).__name__} has no input_proj as MDETR has, so its weights cannot be pruned."
+        )
+    return projection.weight.flatten(1).T
+
+
+def _read_detr_block(block: nn.Module) -> BlockWeights:
+    """By MDETR's names, where a decoder's third norm is the MLP's and the second none."""
+    own, across = (dict(block.named_children()).get(name) for name in ("self_attn", "cross_attn_image"))
+    assert own is not None
+    norms = [_pair(m) for m in block.children() if isinstance(m, nn.LayerNorm)]
+    query, key, value, out = _read_detr_attention(own)
+    return BlockWeights(
+        query,
+        key,
+        value,
+        out,
+        fc1=_pair(block.get_submodule("linear1")),
+        fc2=_pair(block.get_submodule("linear2")),
+        norm1=norms[0],
+        norm2=norms[-1],
+        scales=None,
+        across=None if across is None else CrossWeights(*[*_read_detr_attention(across), norms[1]]),
+    )
+
+
+def _read_detr_attention(module: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
+    return [_pair(module.get_submodule(path)) for path in ("q_proj", "k_proj", "v_proj", "out_proj")]
 
 
 def _pair(module: nn.Module) -> tuple[Tensor, Tensor | None]:

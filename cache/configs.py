@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from .backbone import Backbone
+from .clip_towers import with_projection
 from .errors import SidebenchError, unknown
 from .examples import Modality
 from .load import family_facts, one_step, one_tower, said, text_length
@@ -93,7 +94,12 @@ class TextShapes:
 
 
 def config_backbone(
-    name: str, *, tower: str | None = None, image_size: int | None = None, max_length: int | None = None
+    name: str,
+    *,
+    tower: str | None = None,
+    projected: bool = False,
+    image_size: int | None = None,
+    max_length: int | None = None,
 ) -> Backbone:
     """The architecture that a preset, a transformers configuration folder or a JSON file describes, without weights.
 
@@ -113,17 +119,23 @@ def config_backbone(
     _check_sizes(name, document)
     with _refusing(name):
         config, loader = one_tower(
-            CONFIG_MAPPING[kind].from_dict(document), tower or _PRESET_TOWER.get(name), f"hf-config:{name}"
+            CONFIG_MAPPING[kind].from_dict(document),
+            tower or _PRESET_TOWER.get(name),
+            f"hf-config:{name}",
+            projected=projected,
         )
         with torch.device("meta"):  # not under fake tensors: initialisations that look at values fail there
             make = getattr(loader, "from_config", None) or loader._from_config  # an Auto class, or one tower's own
             module = make(config, attn_implementation="sdpa")
+        facts = family_facts(config, tower)
+        if projected:
+            module, facts["projection"] = with_projection(module, tower or _PRESET_TOWER[name])
         preprocess, options = _inputs_of(config, image_size, side, max_length)
         if tower == "both":
             preprocess = one_step(preprocess, config)
         mode = FakeTensorMode()
         with mode:
-            return Backbone(emptied(module, {}), preprocess, forward_options=options, **family_facts(config, tower))
+            return Backbone(emptied(module, {}), preprocess, forward_options=options, **facts)
 
 
 def without_weights(backbone: Backbone) -> Backbone:

@@ -1,13 +1,25 @@
 """What the cache needs to know of a task: how many examples, their ids and targets, and how to load one."""
 
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-Modality = Literal["text", "image"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Modality = Literal["text", "image", "image-text"]
 Text = str | tuple[str, str]
 """A text, or two that belong together (a premise and a hypothesis); a task has one or the other."""
+
+
+@dataclass(frozen=True)
+class ImageText:
+    """An image and what is said of it: a question, or an expression for something in it."""
+
+    image: "Image"  # RGB
+    text: str
 
 
 class Examples(Protocol):
@@ -15,7 +27,7 @@ class Examples(Protocol):
 
     @property
     def modality(self) -> Modality:
-        """What `load` yields: a `Text` for text, an RGB `PIL.Image.Image` for image."""
+        """What `load` yields: a `Text`, an RGB `PIL.Image.Image`, or for "image-text" an `ImageText`."""
         ...
 
     @property

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .encode import encode, not_finite
+from .joint import Packing
 from .planning import Plan
 from .quantise import channels_of
 from .views import prepare_items
@@ -38,12 +39,13 @@ def examine(planned: Plan) -> Fidelity:
     inputs, mask = preprocess.collate(prepare_items(preprocess, planned.examples, sample, manifest.form.seed))
     device = planned.backbone.device
     inputs = {name: value.to(device) for name, value in inputs.items()}
+    real_ones, every_one = Packing(mask), Packing(None)
     errors: dict[str, float] = {}
     channels: dict[str, Tensor] = {}
 
     def look(layer: str, value: Tensor) -> None:
-        whole = value.to("cpu", torch.float32)
-        real_tokens = None if layer in planned.fixed else mask
+        packing = every_one if layer in planned.fixed else real_ones
+        whole, real_tokens = packing(value.to("cpu", torch.float32)), packing.mask
         kept, kept_mask = planned.reduction.keep(whole, real_tokens)
         real = torch.ones(kept.shape[:2], dtype=torch.bool) if kept_mask is None else kept_mask
         bad = real & ~torch.isfinite(kept).all(-1)

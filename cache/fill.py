@@ -15,8 +15,10 @@ from torch import Tensor
 from .encode import TORCH_DTYPES, Stored, check_finite, encode, not_finite, rows_of, to_numpy
 from .errors import SidebenchError
 from .feed import ahead
+from .joint import Packing
 from .manifest import Manifest
 from .planning import Plan
+from .preprocess import Prepared
 from .quantise import Quantised
 from .shares import Offsets, batch_size, batches_for
 from .views import prepare_items
@@ -58,7 +60,7 @@ def compute(planned: Plan, writer: StoreWriter, channels: Channels, progress: Pr
                 continue
             prepared = next(batches)
             begun = time.perf_counter()
-            kept = _forward(planned, prepared, channels)
+            kept = _forward(planned, prepared, channels, start)
             seconds += time.perf_counter() - begun
             _store(planned, writer, kept, channels, start)
             done += len(prepared)
@@ -83,26 +85,45 @@ def stored_channels(manifest: Manifest, writer: StoreWriter) -> Channels:
     }
 
 
-def _forward(planned: Plan, prepared: Sequence[Tensor], channels: Channels) -> dict[str, Stored]:
-    """What is kept of each layer on the host: (B, T, D), or of a ragged one its real tokens (rows, D), as stored."""
+def _forward(planned: Plan, prepared: Sequence[Prepared], channels: Channels, start: int) -> dict[str, Stored]:
+    """What is kept on the host of each layer of the batch that begins at item `start`, as stored.
+
+    (B, T, D), or of a ragged layer its real tokens (rows, D).
+    """
     form = planned.manifest.form
     inputs, mask = planned.backbone.preprocess.collate(prepared)
     device = planned.backbone.device
     inputs = {name: value.to(device) for name, value in inputs.items()}
-    real = None if mask is None else mask.to(device)
+    real, every = Packing(None if mask is None else mask.to(device)), Packing(None)
     kept: dict[str, Stored] = {}
 
     def keep(layer: str, value: Tensor) -> None:
         # Reduce, cast and select on the device: fewer bytes cross to the host, and no full copy waits there.
         # Contiguous, as they come back from disk: a sum over tokens in another order may round otherwise, and then a
         # resumed store would differ in a pooled bit.
-        reduced, where = planned.reduction.keep(value, None if layer in planned.fixed else real)
+        tokens = every if layer in planned.fixed else real
+        reduced, where = planned.reduction.keep(tokens(value), tokens.mask)
+        if where is not None:
+            _check_counted(planned, start, where)
         stored = encode(reduced, form, channels.get(layer))
         kept[layer] = (stored if where is None else stored[where]).to(torch.device("cpu"))
 
     with torch.inference_mode():
         planned.backbone.run(inputs, planned.manifest.layers, keep)
     return kept
+
+
+def _check_counted(planned: Plan, start: int, where: Tensor) -> None:
+    """Raise SidebenchError where `where` (B, T) keeps another number of tokens than the plan has room for."""
+    assert planned.lengths is not None
+    found = where.sum(1).cpu().numpy()
+    counted = planned.lengths[start : start + len(found)]
+    if (found != counted).any():
+        row = int((found != counted).argmax())
+        name = planned.examples.ids[(start + row) % len(planned.examples)]
+        raise SidebenchError(
+            f"example {name!r} has {found[row]} tokens, and {counted[row]} were counted before; did its file change?"
+        )
 
 
 def _store(planned: Plan, writer: StoreWriter, kept: Mapping[str, Stored], channels: Channels, start: int) -> None:
@@ -168,7 +189,7 @@ def _append(writer: StoreWriter, path: str, row: int, rows: Tensor) -> None:
     writer.append(path, to_numpy(rows.contiguous()))
 
 
-def _prepare(planned: Plan, start: int) -> Sequence[Tensor]:
+def _prepare(planned: Plan, start: int) -> Sequence[Prepared]:
     """The canonical batch that begins at item `start`."""
     stop = _batch_stop(planned.manifest, start)
     if planned.prepared is not None:
@@ -186,7 +207,8 @@ def _not_finite(planned: Plan, layer: str, start: int, channels: Channels) -> Si
     inputs, mask = planned.backbone.preprocess.collate(_prepare(planned, start))
     inputs = {name: value.to(planned.backbone.device) for name, value in inputs.items()}
     whole = planned.backbone.capture(inputs, [layer])[layer]
-    value, real = planned.reduction.keep(whole, None if layer in planned.fixed else mask)
+    tokens = Packing(None if layer in planned.fixed else mask)
+    value, real = planned.reduction.keep(tokens(whole), tokens.mask)
     if real is not None:
         value = value.masked_fill(~real[..., None], 0)
     form = planned.manifest.form

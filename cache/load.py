@@ -15,6 +15,7 @@ from torch import nn
 
 from .architecture import Norm
 from .backbone import Backbone
+from .clip_towers import projected_tower, with_projection
 from .efficientnet_lite import load_efficientnet
 from .errors import SidebenchError, unknown
 from .preprocess import FirstStep, ImagePreprocess, PlainImageProcessor, TextPreprocess, resized
@@ -22,16 +23,34 @@ from .uri import Uri, parse_uri
 
 SCHEMES = {
     "sample": "pretrained weights inside a registry package, pinned by sha256: sample:minilm-l6, sample:dinov2-small",
-    "hf": "a transformers folder or hub id: hf:./my-bert, hf:google/vit-base-patch16-224 (?tower=vision|text for CLIP; "
-    "T5's encoder, with ?tower=both its decoder too, for one step; images: ?resize=squash|crop to the square)",
+    "hf": "a transformers folder or hub id: hf:./my-bert, hf:google/vit-base-patch16-224 (?tower=vision|text for CLIP, "
+    "&projected=true with its projection; T5's encoder, with ?tower=both its decoder too, for one step; images: "
+    "?resize=squash|crop to the square)",
     "timm": "a network of the timm library, in the extra sidebench[timm]: timm:resnet18.a1_in1k (?checkpoint=FILE)",
+    "resnet": "the four stage maps of a ResNet or ResNeXt, images squashed to a square, from a file of weights with "
+    "torchvision's names: resnet:resnet50?weights=FILE.pth",
+    "clipvil": "a released CLIP-ViL checkpoint with bert-base-uncased's config and tokenizer: "
+    "clipvil:FILE.pth?text=FOLDER",
+    "mdetr": "a public MDETR checkpoint with roberta-base's config and tokenizer: mdetr:FILE.pth?text=FOLDER",
+    "pair": "two of these, for a retrieval task: pair:image=URI,text=URI",
     "imported": "features without a network, from `bench cache import`, for compare: imported:NAME",
     "module": "any torch module from a factory on the path: module:package.file:factory",
     "hf-config": "an architecture without weights, for plan: hf-config:vit-base, hf-config:./folder-or-file.json",
+    "resnet-config": "a ResNet or ResNeXt without weights, for plan: resnet-config:resnext101_32x8d",
+    "clipvil-config": "CLIP-ViL's architecture without weights, for plan: clipvil-config:base",
+    "mdetr-config": "MDETR's architecture without weights, for plan: mdetr-config:base",
 }
 IMPORTED = "imported:"
-CONFIG_ONLY = "hf-config:"
-_OPTIONS = {"hf": ("tower", "resize"), "sample": ("resize",), "hf-config": ("tower",), "timm": ("checkpoint",)}
+CONFIG_ONLY = ("hf-config:", "resnet-config:", "clipvil-config:", "mdetr-config:")
+_OPTIONS = {
+    "hf": ("tower", "projected", "resize"),
+    "sample": ("resize",),
+    "hf-config": ("tower", "projected"),
+    "timm": ("checkpoint",),
+    "resnet": ("weights",),
+    "clipvil": ("text",),
+    "mdetr": ("text",),
+}
 MAX_LENGTH = 128  # tokens: enough for sentences, and stated in the digest
 
 # Which families normalise after the residual sum; all others here normalise before it.
@@ -62,11 +81,13 @@ def load_backbone(
     Raises SidebenchError for an unknown scheme, a missing folder, or a checkpoint that lacks weights.
     """
     parsed = backbone_uri(uri)
-    if parsed.scheme == "hf-config":
+    if f"{parsed.scheme}:" in CONFIG_ONLY:
         raise SidebenchError(
             f"{uri} names an architecture; it has no weights to run. `bench plan` works with it; here give hf:, "
             "sample: or module:."
         )
+    if parsed.scheme == "pair":
+        raise SidebenchError(f"{uri} names two backbones, which a retrieval task reads with (bench tasks).")
     if parsed.scheme == "imported":
         raise SidebenchError(f"{uri} names features; there is no network behind them to load.")
     if parsed.scheme == "module":
@@ -75,6 +96,18 @@ def load_backbone(
         from .timm_models import load_timm
 
         backbone = load_timm(parsed.path, image_size, parsed.options.get("checkpoint"))
+    elif parsed.scheme == "resnet":
+        from .resnet_load import load_resnet
+
+        backbone = load_resnet(parsed.path, parsed.options.get("weights"), image_size)
+    elif parsed.scheme == "clipvil":
+        from .clip_vil_load import load_clip_vil
+
+        backbone = load_clip_vil(parsed.path, parsed.options.get("text"), image_size, max_length)
+    elif parsed.scheme == "mdetr":
+        from .mdetr_load import load_mdetr
+
+        backbone = load_mdetr(parsed.path, parsed.options.get("text"), image_size, max_length)
     else:
         folder = parsed.path
         if parsed.scheme == "sample":
@@ -87,7 +120,7 @@ def load_backbone(
             backbone = load_efficientnet(Path(folder), image_size)
         else:
             tower, resize = (parsed.options.get(name) for name in ("tower", "resize"))
-            backbone = _from_transformers(folder, tower, resize, image_size, max_length)
+            backbone = _from_transformers(folder, tower, projected(parsed), resize, image_size, max_length)
     backbone.module.to(device)
     return backbone
 
@@ -95,6 +128,14 @@ def load_backbone(
 def backbone_uri(uri: str) -> Uri:
     """The parts of a backbone's name. Raises SidebenchError for an unknown scheme or option."""
     return parse_uri(uri, known={name: _OPTIONS.get(name, ()) for name in SCHEMES}, kind="backbone")
+
+
+def projected(uri: Uri) -> bool:
+    """Whether a backbone's name asks for CLIP's projected embedding. Raises SidebenchError for no such answer."""
+    typed = uri.options.get("projected", "false")
+    if typed not in ("true", "false"):
+        raise SidebenchError(f"projected is true or false; found {typed!r} in {uri.text}.")
+    return typed == "true"
 
 
 def weights_sha256(module: nn.Module, skip: Iterable[str] = ()) -> str:
@@ -113,7 +154,12 @@ def weights_sha256(module: nn.Module, skip: Iterable[str] = ()) -> str:
 
 
 def _from_transformers(
-    folder: str, tower: str | None, resize: str | None, image_size: int | None, max_length: int | None
+    folder: str,
+    tower: str | None,
+    projected: bool,
+    resize: str | None,
+    image_size: int | None,
+    max_length: int | None,
 ) -> Backbone:
     import transformers
     from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
@@ -126,7 +172,7 @@ def _from_transformers(
         raise SidebenchError(f"no transformers model at {folder}: looked for {source}/config.json.")
     with _reading(folder, looks_local):
         config = AutoConfig.from_pretrained(source)
-    config, loader = one_tower(config, tower, f"hf:{folder}")
+    config, loader = one_tower(config, tower, f"hf:{folder}", projected=projected)
     with _reading(folder, looks_local):
         module, report = loader.from_pretrained(
             source, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
@@ -139,6 +185,8 @@ def _from_transformers(
             f"{needed[0]}; they would be random. Is this the right folder?"
         )
     family = {**family_facts(config, tower), "unloaded": missing}
+    if projected:
+        module, family["projection"] = with_projection(module, str(tower))
     patch = getattr(config, "patch_size", None)
     if patch is None:
         if resize is not None:
@@ -188,10 +236,12 @@ def family_facts(config: Any, tower: str | None = None) -> dict[str, Any]:
     }
 
 
-def one_tower(config: Any, tower: str | None, uri: str) -> tuple[Any, Any]:
+def one_tower(config: Any, tower: str | None, uri: str, *, projected: bool = False) -> tuple[Any, Any]:
     """The configuration of one network, and the transformers class that makes it; `uri` names it in errors."""
     from transformers import AutoModel, AutoModelForTextEncoding
 
+    if projected:
+        return projected_tower(config, tower, uri)
     towers = [name for name in ("text", "vision") if hasattr(config, f"{name}_config")]
     if towers:
         if tower not in towers:

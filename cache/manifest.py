@@ -22,7 +22,7 @@ _LARGEST_MANIFEST_BYTES = 512 * 2**20
 _LARGEST_COUNT = 2**48
 _MOST_BLOCKS = 10_000
 # Of an architecture: came later, and older stores keep their digest.
-_SAID_WHERE_ANY = ("stages", "decoder_blocks", "t5_blocks", "biasless")
+_SAID_WHERE_ANY = ("stages", "decoder_blocks", "t5_blocks", "biasless", "projected_from")
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ def _compare(name: str, wanted: Any, found: Any, lines: list[str]) -> None:
 def _architecture(values: Any) -> Architecture:
     stages = tuple((_count(height, 1), _count(width, 1)) for height, width in values.get("stages", ()))
     made = Architecture(**{**values, "stages": stages})
-    optional_counts = [value for value in (made.heads, made.mlp_width) if value is not None]
+    optional_counts = [value for value in (made.heads, made.mlp_width, made.projected_from) if value is not None]
     for value in (made.width, made.prefix_tokens, *optional_counts):
         _count(value)
     texts = (made.name, made.final_layer, made.activation or "", made.norm or "", made.modality)
@@ -265,6 +265,7 @@ def _architecture(values: Any) -> Architecture:
         and isinstance(made.layer_scale, bool)
         and isinstance(made.t5_blocks, bool)
         and isinstance(made.biasless, bool)
+        and isinstance(made.bottlenecks, bool)
         and max(_count(made.blocks), _count(made.decoder_blocks)) <= _MOST_BLOCKS
         and len(stages) <= _MOST_BLOCKS
     ):

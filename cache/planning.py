@@ -1,22 +1,24 @@
 """Determine every fact of a store before the first forward: layers, shapes, hashes, digest."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from .backbone import Backbone
 from .errors import SidebenchError
 from .examples import Examples
 from .form import Form, make_form
+from .joint import JointPreprocess
 from .layout import LARGEST_COMPRESSED
 from .load import weights_sha256
 from .manifest import ActivationSpec, Manifest
+from .preprocess import Prepared
 from .reduction import Reduction, reduction_of
 from .shares import batch_size
-from .views import prepare_items
+from .views import prepare_items, refuse_views
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Plan:
     reduction: Reduction
     fixed: frozenset[str]  # layers of a text that have the same number of tokens whatever its length
     lengths: NDArray[np.int64] | None  # kept tokens of every item of a ragged store
-    prepared: list[Tensor] | None  # token ids of every item of a text task; images are prepared batch by batch
+    prepared: Sequence[Prepared] | None  # token ids of every item of a text task; images are prepared batch by batch
 
     @cached_property
     def offsets(self) -> NDArray[np.int64] | None:
@@ -79,14 +81,18 @@ def plan(backbone: Backbone, examples: Examples, options: CaptureOptions, *, lim
             "choose a backbone and a task of one kind (bench backbones, bench tasks)."
         )
     form = options.form()
+    refuse_views(examples.modality, form.views)
     reduction = reduction_of(form.tokens, backbone.arch, form.seed)
     if options.batch_size < 1:
         raise SidebenchError(f"a batch of {options.batch_size} examples holds nothing; give --batch-size 1 or more.")
     layers = backbone.resolve(options.layers) if options.layers else backbone.layers
-    prepared = lengths = None
-    if examples.modality == "text":
+    prepared = lengths = tokens = None
+    if isinstance(backbone.preprocess, JointPreprocess):
+        tokens = backbone.preprocess.token_counts(examples)
+    elif examples.modality == "text":
         prepared = prepare_items(backbone.preprocess, examples, range(len(examples) * (1 + form.views)), form.seed)
         tokens = np.array([len(ids) for ids in prepared], dtype=np.int64)
+    if tokens is not None:
         if (tokens == 0).any():
             name = examples.ids[int(tokens.argmin()) % len(examples)]
             raise SidebenchError(f"the text of example {name!r} holds no token; give it a word or take it out.")

@@ -14,6 +14,8 @@ from .examples import Modality, Text
 RESIZES = ("squash", "crop")
 Inputs = dict[str, Tensor]
 """Keyword arguments of the backbone's forward."""
+Prepared = Tensor | dict[str, Tensor]
+"""An example as a backbone's preprocessing leaves it: one tensor, or of an image with a text several."""
 
 
 class Preprocess(Protocol):
@@ -25,11 +27,14 @@ class Preprocess(Protocol):
         """Everything that changes the result, as plain JSON: part of the cache's digest."""
         ...
 
-    def prepare(self, raw: Sequence[Any]) -> list[Tensor]:
-        """One tensor per example: (T,) token ids; (T, 2) ids and types of a pair's tokens; or (3, H, W) pixels."""
+    def prepare(self, raw: Sequence[Any]) -> Sequence[Prepared]:
+        """One tensor per example: (T,) token ids; (T, 2) ids and types of a pair's tokens; or (3, H, W) pixels.
+
+        Of an image with a text a dict of tensors (see joint.py).
+        """
         ...
 
-    def collate(self, prepared: Sequence[Tensor]) -> tuple[Inputs, Tensor | None]:
+    def collate(self, prepared: Sequence[Any]) -> tuple[Inputs, Tensor | None]:
         """A batch, and the (B, T) bool mask of its real tokens (None: every token is real)."""
         ...
 
@@ -237,6 +242,11 @@ class PlainImageProcessor:
         pixels = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
         return {"pixel_values": (pixels - mean) / std}
+
+
+def bytes_of(prepared: Prepared) -> int:
+    """What a prepared example takes in memory."""
+    return sum(part.nbytes for part in (prepared.values() if isinstance(prepared, dict) else [prepared]))
 
 
 def resized(processor: Any, image_size: int | None, resize: str | None = None) -> tuple[Any, int]:

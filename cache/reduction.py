@@ -179,7 +179,8 @@ class Projection(Reduction):
     @property
     def seen(self) -> Architecture:
         """A backbone of that width whose blocks nobody can copy."""
-        return replace(self.arch, width=self.width, norm=None)
+        inner = self.arch.projected_from and self.width
+        return replace(self.arch, width=self.width, projected_from=inner, norm=None)
 
     def shape(self, tokens: int | None, width: int) -> tuple[int | None, int]:
         """See Reduction."""
@@ -227,7 +228,9 @@ def reduction_of(tokens: str, arch: Architecture, seed: int | None) -> Reduction
         )
     kind, count = matched[1], int(matched[2])
     if kind == "grid" and arch.modality != "image":
-        raise SidebenchError(f"--tokens {tokens} is for images; {arch.name} reads text. Type first:N or mean.")
+        raise SidebenchError(
+            f"--tokens {tokens} is for images; {arch.name} reads {arch.modality}. Type first:N or mean."
+        )
     if kind == "first" and arch.stages:
         raise SidebenchError(f"--tokens {tokens}: the first tokens of a map are its upper edge; type mean or grid:4.")
     if kind == "grid":

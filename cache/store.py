@@ -14,6 +14,8 @@ from .architecture import Architecture
 from .backbone import Backbone
 from .encode import Stored
 from .errors import SidebenchError, unknown
+from .joint import Packing
+from .preprocess import Prepared
 
 Index = NDArray[np.int64]
 
@@ -84,7 +86,7 @@ class Store(ABC):
 class LiveStore(Store):
     """Activations computed on the spot by the frozen backbone: what a cache must equal and beat."""
 
-    def __init__(self, backbone: Backbone, prepared: Sequence[Tensor], layers: tuple[str, ...] | None = None) -> None:
+    def __init__(self, backbone: Backbone, prepared: Sequence[Prepared], layers: tuple[str, ...] | None = None) -> None:
         self.architecture = backbone.arch
         self.layers = layers or backbone.layers
         self._backbone = backbone
@@ -96,17 +98,18 @@ class LiveStore(Store):
         return len(self._prepared)
 
     def read(self, index: Index, layers: Sequence[str]) -> Activations:
-        """See Store; padding is zeroed, as in a store that never kept it."""
+        """See Store; padding is zeroed and holes are closed, as in a store that never kept it."""
         check_index(index, len(self))
         require_layers(self.layers, layers)
         inputs, mask = self._backbone.preprocess.collate([self._prepared[i] for i in index])
         inputs = {name: value.to(self._backbone.device) for name, value in inputs.items()}
         with self._one_forward:
             captured = self._backbone.capture(inputs, layers)
-        kept = {name: captured[name].clone() for name in layers}
-        if mask is not None:
-            kept = {name: value * mask[..., None] if name in self._ragged else value for name, value in kept.items()}
-        return activations(kept, self.architecture.final_layer, mask, self._ragged)
+        kept, real = {name: captured[name].clone() for name in layers}, Packing(mask)
+        if real.mask is not None:
+            for name in self._ragged & kept.keys():
+                kept[name] = real(kept[name]) * real.mask[..., None]
+        return activations(kept, self.architecture.final_layer, real.mask, self._ragged)
 
 
 def check_index(index: Index, items: int) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .backbone import Backbone, Sink
+from .architecture import BEFORE_LAST, Architecture
+from .backbone import Backbone, Sink, as_tokens
 from .errors import SidebenchError
 from .preprocess import Inputs
 
@@ -22,6 +23,16 @@ ENTERING, MASK = "entering", "mask"
 def entering_layer(first: int) -> str:
     """The layer whose activation enters block `first`."""
     return f"blocks.{first - 1}" if first else "embeddings"
+
+
+def entering(arch: Architecture, first: int) -> str:
+    """The same of a convolutional network too, of which the last bottleneck alone can be restarted."""
+    return BEFORE_LAST if arch.stages else entering_layer(first)
+
+
+def restarted(whole: Backbone, first: int) -> "Suffix":
+    """What a prefix method trains through, of whatever backbone; the one given is used up."""
+    return LastBottleneck(whole) if whole.arch.stages else Suffix(whole, first)
 
 
 class Suffix(Backbone):
@@ -128,6 +139,41 @@ class Suffix(Backbone):
             else:
                 found[name] = one.expand(len(state), *one.shape[1:])
         return found
+
+
+class LastBottleneck(Suffix):
+    """The last bottleneck of a convolutional network made of them; `tokens` takes {ENTERING, MASK} as of a Suffix.
+
+    `widths` has the channels of every map of the whole network. Raises SidebenchError where its output is not the
+    network's last map.
+    """
+
+    def __init__(self, whole: Backbone) -> None:
+        if not whole.arch.bottlenecks:
+            raise SidebenchError(f"{whole.arch.name} has no bottlenecks whose last one could be restarted.")
+        vars(self).update(vars(whole))
+        self.first = 0
+        self._grid = whole.arch.stages[-1]
+        with torch.no_grad():
+            shown = _shown(whole, whole.layers)
+        self.widths = {layer: value.shape[-1] for layer, value in shown.items()}
+        self._example = shown[BEFORE_LAST]
+        stage = whole.module.get_submodule(whole.tap_path(self.final_layer))
+        self.module = whole.module = list(stage.children())[-1]  # the rest is let go
+        with torch.no_grad():
+            fake = isinstance(self._example, FakeTensor)
+            if not fake and not torch.equal(self.tokens(self.dummy()), shown[self.final_layer]):
+                raise SidebenchError(
+                    f"{whole.arch.name} cannot be restarted at its last bottleneck, which does not yield its last map."
+                )
+
+    def run(self, inputs: Inputs, layers: Iterable[str], sink: Sink) -> None:
+        """See Backbone; `inputs` are {ENTERING, MASK}, and the last map alone is within reach."""
+        if set(layers) != {self.final_layer}:
+            raise SidebenchError(f"of {self.arch.name}'s last bottleneck alone {self.final_layer} can be read.")
+        # Contiguous as in the whole network, so that the same kernels run.
+        out = self.module(inputs[ENTERING].float().mT.unflatten(2, self._grid).contiguous())
+        sink(self.final_layer, as_tokens(self.final_layer, out))
 
 
 def _outputs(whole: Backbone, layer: str) -> dict[str, torch.Size | int]:

@@ -77,7 +77,7 @@ def _backbone(name: str, module: nn.Module, image_size: int | None) -> Backbone:
         config_facts={"timm": name},
         stages=[stage["module"] for stage in stages],
     )
-    widths = [width for _, width in backbone.shapes(backbone.layers).values()]
+    widths = [width for _, width in backbone.shapes(backbone.arch.states).values()]
     if stages and widths != [stage["num_chs"] for stage in stages]:
         raise SidebenchError(f"timm:{name} yields maps with channels last, which are not read; choose another network.")
     return backbone

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .examples import Examples
-from .preprocess import Preprocess
+from .errors import SidebenchError
+from .examples import Examples, Modality
+from .preprocess import Prepared, Preprocess
 
 TOKEN_DROPOUT = 0.1  # share of a text's words (not of its special tokens) that a view leaves out
 CROP_AREA = (0.35, 1.0)  # share of the image that a view shows
@@ -27,9 +28,21 @@ DESCRIPTION = {
 }
 
 
-def prepare_items(preprocess: Preprocess, examples: Examples, items: Sequence[int], seed: int | None) -> list[Tensor]:
+def refuse_views(modality: Modality, views: int) -> None:
+    """Raise SidebenchError where views are asked for of examples that have none."""
+    if views and modality not in DESCRIPTION:
+        raise SidebenchError(
+            f"--views {views}: no augmentation is defined for an image with a text, whose words may name a side or a "
+            "colour of it; leave --views out."
+        )
+
+
+def prepare_items(
+    preprocess: Preprocess, examples: Examples, items: Sequence[int], seed: int | None
+) -> Sequence[Prepared]:
     """Prepared inputs of these items, in order; `seed` draws the views. Raises SidebenchError as `examples.load`."""
     views = [divmod(int(item), len(examples)) for item in items]  # (view, example)
+    refuse_views(examples.modality, max((view for view, _ in views), default=0))
     raw = [examples.load(example) for _, example in views]
     draws = [None if view == 0 else _draw(seed or 0, view, example) for view, example in views]
     if examples.modality == "image":
@@ -37,7 +50,10 @@ def prepare_items(preprocess: Preprocess, examples: Examples, items: Sequence[in
         return preprocess.prepare(raw)
     special = preprocess.special_ids()
     prepared = preprocess.prepare(raw)
-    return [ids if draw is None else text_view(ids, special, draw) for ids, draw in zip(prepared, draws, strict=True)]
+    return [
+        text_view(ids, special, draw) if draw is not None and isinstance(ids, Tensor) else ids
+        for ids, draw in zip(prepared, draws, strict=True)
+    ]
 
 
 def text_view(ids: Tensor, special: frozenset[int], draw: np.random.Generator) -> Tensor:
