@@ -8,6 +8,8 @@ from ._base import Body, LiveMethod, PrefixMethod
 class AtLast(PrefixMethod):
     """A live method, built on the last `blocks` blocks as if they were the whole backbone."""
 
+    projected = True
+
     def __init__(self, method: LiveMethod, blocks: int) -> None:
         super().__init__(method.config)
         self.method = method

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from ..cache.architecture import Architecture
 from ..cache.backbone import Backbone
 from ..cache.block_weights import BackboneWeights
-from ..cache.encode import Stored
+from ..cache.encode import Stored, tensors_of
 from ..cache.errors import SidebenchError, unknown
 from ..cache.preprocess import Inputs
-from ..cache.suffix import ENTERING, MASK, Suffix, entering_layer
+from ..cache.suffix import ENTERING, MASK, Suffix, entering
 from ._checkpoint import checkpoint_blocks
 
 Kind = Literal["cached", "prefix", "live"]
@@ -116,6 +116,20 @@ class Batch:
         inputs = {ENTERING: state if isinstance(state, Tensor) else state.float(), MASK: self.mask_of(layer)}
         return dataclasses.replace(self, inputs=inputs)
 
+    def tensors(self) -> list[Tensor]:
+        """Everything that takes memory."""
+        stored = [part for layer in self.activations.values() for part in tensors_of(layer)]
+        return [self.mask, *self.masks.values(), *stored, *self.inputs.values()]
+
+    def shapes(self) -> Any:
+        """What the memory of a step on it depends on; a mask that hides nothing may be dropped by the network."""
+        activations = tuple(
+            (layer, tuple(tuple(tensor.shape) for tensor in tensors_of(stored)))
+            for layer, stored in self.activations.items()
+        )
+        inputs = tuple((name, tuple(value.shape)) for name, value in self.inputs.items())
+        return tuple(self.mask.shape), bool(self.mask.all()), activations, inputs
+
     def rows(self, rows: slice) -> "Batch":
         """These examples alone, as views in storage dtype."""
         taken = {name: activations[rows] for name, activations in self.activations.items()}
@@ -142,6 +156,8 @@ class Method(ABC):
     paper: ClassVar[str] = "no paper named"
     two_stacks: ClassVar[bool] = False
     """Whether it works on an encoder-decoder; one that does not is refused there."""
+    projected: ClassVar[bool] = False
+    """Whether it works where the final layer is one projected embedding per example (CLIP's), not tokens."""
 
     def __init__(self, config: Any = None) -> None:
         self.config = self.Config() if config is None else config
@@ -179,6 +195,7 @@ class FittedMethod(Method):
     """Solved on one feature vector per example, all in memory at once, instead of trained in steps."""
 
     kind: ClassVar[Kind] = "cached"
+    projected: ClassVar[bool] = True
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
@@ -225,7 +242,7 @@ class PrefixMethod(Method):
 
     def layers(self, arch: Architecture) -> tuple[str, ...]:
         """The layers it reads, the one that enters block k among them. Default: that one alone."""
-        return (entering_layer(self.first_block(arch)),)
+        return (entering(arch, self.first_block(arch)),)
 
     @abstractmethod
     def build(self, suffix: Suffix) -> Body:
@@ -237,6 +254,7 @@ class LiveMethod(Method):
 
     Config: ClassVar[type] = LiveConfig
     kind: ClassVar[Kind] = "live"
+    projected: ClassVar[bool] = True
 
     @abstractmethod
     def build(self, backbone: Backbone) -> Body:

@@ -15,7 +15,7 @@ class SideBlock(nn.Module):
         super().__init__()
         assert arch.heads is not None
         assert arch.mlp_width is not None
-        width, hidden = arch.width // reduction, arch.mlp_width // reduction
+        width, hidden = arch.state_width // reduction, arch.mlp_width // reduction
         self.heads = arch.heads
         self.pre_norm = arch.norm == "pre"
         self.causal = arch.causal

@@ -56,7 +56,10 @@ class AdaptedBody(BackboneBody):
 
 
 def low_rank_body(backbone: Backbone, rank: int, alpha: float, *, dora: bool = False) -> BackboneBody:
-    """The backbone with peft's LoRA (or DoRA) layers in place of the query and value projections, and they train."""
+    """The backbone with peft's LoRA (or DoRA) layers in place of the query and value projections, and they train.
+
+    In bottlenecks in place of the 1 x 1 convolutions.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     targets = [
@@ -64,6 +67,10 @@ def low_rank_body(backbone: Backbone, rank: int, alpha: float, *, dora: bool = F
         for block_path, block in zip(backbone.block_paths, backbone.blocks, strict=True)
         for path in attention_projections(block, ("query", "value"))
     ]
+    for path in backbone.bottleneck_paths:
+        for name, module in backbone.module.get_submodule(path).named_modules():
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1:
+                targets.append(f"{path}.{name}")
     inject_adapter_in_model(
         LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, use_dora=dora), backbone.module
     )

@@ -1,4 +1,4 @@
-"""LST's form for an encoder and its decoder: the paper's own, on T5.
+"""LST's form for an encoder and its decoder: the paper's own, on T5 (for DETR's blocks see _lst_detr.py).
 
 Beside each stack climbs a slim copy of it (see lst.py), of T5's blocks: RMS norms before, no biases, a ReLU between the
 MLP's two matrices, scores that are not scaled and get a learned bias by relative position, from one table a stack. The
@@ -13,7 +13,7 @@ tokens, is trained and counted apart. The side's dropout is left out, as in lst.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -89,12 +89,14 @@ class SlimBlock(nn.Module):
         return x + self.fc2(torch.relu(self.fc1(self.norm(x))))
 
 
-class SideStack(nn.Module):
-    """The side of one stack, up to its final norm: tokens (B, T, S)."""
+class Stack(nn.Module):
+    """The side of one stack, up to its final norm: tokens (B, T, S). Subclasses have `blocks` and a `norm`."""
+
+    blocks: nn.ModuleList
+    norm: nn.Module
 
     def __init__(
         self,
-        arch: Architecture,
         states: tuple[str, ...],
         widths: Mapping[str, int],
         side_width: int,
@@ -106,23 +108,14 @@ class SideStack(nn.Module):
         decoder: bool,
     ) -> None:
         super().__init__()
-        assert arch.heads is not None
-        assert arch.mlp_width is not None
         self.depth = len(states) - 1
         self.kept = kept
         self.states = (states[0], *(states[index + 1] for index in kept))
         self.temperature = temperature
         self.decoder = decoder
         self.lean = lean
-        hidden = arch.mlp_width * side_width // arch.width
         self.down = nn.ModuleList(nn.Linear(widths[state], side_width) for state in self.states)
         self.alpha = nn.Parameter(torch.zeros(self.depth)) if gated else None  # mu = 0.5 at the start
-        self.blocks = nn.ModuleList(
-            SlimBlock(side_width, hidden, arch.heads, arch.norm_eps, across=decoder) for _ in kept
-        )
-        self.positions = nn.Embedding(BUCKETS, arch.heads)  # the first kept block's in LST's code
-        nn.init.normal_(self.positions.weight, std=side_width**-0.5)
-        self.norm = RMSNorm(side_width, arch.norm_eps)
 
     def forward(self, batch: Batch, memory: Memory | None = None) -> Tensor:
         """From the embeddings to the top; of a lean climb backward keeps the side state behind every other block."""
@@ -134,24 +127,57 @@ class SideStack(nn.Module):
 
     def pass_two(self, first: int, side: Tensor, batch: Batch, memory: Memory | None) -> Tensor:
         """The side state (B, T, S) behind the kept block `first` and the one after it from the state before them."""
-        bias = self.positions(buckets(side.shape[1], side.device, causal=self.decoder)).permute(2, 0, 1)  # (H, T, T)
-        seen = batch.mask_of(self.states[0])[:, None, None, :]
-        if self.decoder:
-            seen = seen & torch.ones(seen.shape[-1:] * 2, dtype=torch.bool, device=side.device).tril()
+        around = self.around(side, batch)
         for place in range(first, min(first + 2, len(self.blocks))):
             rung = self.rung(place + 1, batch)
             gate = None if self.alpha is None else torch.sigmoid(self.alpha[self.kept[place]] / self.temperature)
             mixed = side + rung if gate is None else gate * side + (1 - gate) * rung
-            side = self.blocks[place](mixed, seen, bias, memory)
+            side = self.blocks[place](mixed, *around, memory)
         return side
+
+    def around(self, side: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        """What every block is given besides its input and the memory."""
+        raise NotImplementedError
 
     def rung(self, index: int, batch: Batch) -> Tensor:
         """What a frozen state brings in: W_index b_index (B, T, S)."""
         return self.down[index](batch.state(self.states[index]))
 
 
+class SideStack(Stack):
+    """Of T5's blocks."""
+
+    def __init__(
+        self,
+        arch: Architecture,
+        states: tuple[str, ...],
+        widths: Mapping[str, int],
+        side_width: int,
+        kept: tuple[int, ...],
+        **options: Any,
+    ) -> None:
+        super().__init__(states, widths, side_width, kept, **options)
+        assert arch.heads is not None
+        assert arch.mlp_width is not None
+        sizes = (side_width, arch.mlp_width * side_width // arch.width, arch.heads, arch.norm_eps)
+        self.blocks = nn.ModuleList(SlimBlock(*sizes, across=self.decoder) for _ in kept)
+        self.positions = nn.Embedding(BUCKETS, arch.heads)  # the first kept block's in LST's code
+        nn.init.normal_(self.positions.weight, std=side_width**-0.5)
+        self.norm = RMSNorm(side_width, arch.norm_eps)
+
+    def around(self, side: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        """The keys that are seen, to broadcast over (B, H, Q, K), and the bias (H, Q, K)."""
+        bias = self.positions(buckets(side.shape[1], side.device, causal=self.decoder)).permute(2, 0, 1)
+        seen = batch.mask_of(self.states[0])[:, None, None, :]
+        if self.decoder:
+            seen = seen & torch.ones(seen.shape[-1:] * 2, dtype=torch.bool, device=side.device).tril()
+        return seen, bias
+
+
 class TwoLadders(Body):
     """Both sides; the decoder's tokens (B, T_dec, D) out. `kept`: the blocks that have a side block, by stack."""
+
+    stack: ClassVar[type[Any]] = SideStack
 
     def __init__(
         self,
@@ -171,8 +197,8 @@ class TwoLadders(Body):
         self.lean = lean
         side_width = arch.width // reduction
         options: dict[str, Any] = {"gated": gated, "temperature": temperature, "lean": lean}
-        self.encoder = SideStack(arch, arch.states, widths, side_width, kept[0], **options, decoder=False)
-        self.decoder = SideStack(arch, arch.decoder_states, widths, side_width, kept[1], **options, decoder=True)
+        self.encoder = self.stack(arch, arch.states, widths, side_width, kept[0], **options, decoder=False)
+        self.decoder = self.stack(arch, arch.decoder_states, widths, side_width, kept[1], **options, decoder=True)
         self.up = nn.Linear(side_width, self.width)
         self.alpha_last = nn.Parameter(torch.zeros(())) if merge_last else None
         for linear in (*self.encoder.down, *self.decoder.down, self.up):  # N(0, 0.01), bias 0 (LST's released code)

@@ -54,7 +54,7 @@ def copy_pruned(
             _copy_block(block, source, chosen)
         kept = chosen.after_mlp
     if weights.norm is not None:
-        _take_vector(norm, weights.norm, kept)
+        take_vector(norm, weights.norm, kept)
 
 
 def _choose(entering: Tensor, measure: BlockWeights, width: int, hidden: int) -> Kept:
@@ -67,15 +67,15 @@ def _choose(entering: Tensor, measure: BlockWeights, width: int, hidden: int) ->
 def _copy_block(block: nn.Module, source: BlockWeights, kept: Kept) -> None:
     assert isinstance(block, SideBlock)
     for linear, pair in ((block.query, source.query), (block.key, source.key), (block.value, source.value)):
-        _take(linear, pair, kept.attended, kept.entering)
-    _take(block.out, source.out, kept.after_attention, kept.attended)
-    _take(block.fc1, source.fc1, kept.inner, kept.after_attention)
-    _take(block.fc2, source.fc2, kept.after_mlp, kept.inner)
+        take(linear, pair, kept.attended, kept.entering)
+    take(block.out, source.out, kept.after_attention, kept.attended)
+    take(block.fc1, source.fc1, kept.inner, kept.after_attention)
+    take(block.fc2, source.fc2, kept.after_mlp, kept.inner)
     # A norm keeps what reaches it: the inputs of attention and MLP, or, behind the sums, their outcomes.
     pre = (kept.entering, kept.after_attention)
     first, second = pre if block.pre_norm else (kept.after_attention, kept.after_mlp)
-    _take_vector(block.norm1, source.norm1, first)
-    _take_vector(block.norm2, source.norm2, second)
+    take_vector(block.norm1, source.norm1, first)
+    take_vector(block.norm2, source.norm2, second)
     if block.scale1 is not None and block.scale2 is not None and source.scales is not None:
         block.scale1.copy_(source.scales[0][kept.after_attention])
         block.scale2.copy_(source.scales[1][kept.after_mlp])
@@ -95,11 +95,13 @@ def strongest(importance: Tensor, count: int) -> Tensor:
     return importance.topk(count).indices.sort().values
 
 
-def _take(linear: nn.Linear, source: Pair, rows: Tensor, columns: Tensor) -> None:
+def take(linear: nn.Linear, source: Pair, rows: Tensor, columns: Tensor) -> None:
+    """Fill a Linear with these rows and columns of a larger one."""
     linear.weight.copy_(source[0][rows][:, columns])
     linear.bias.copy_(source[1][rows] if source[1] is not None else torch.zeros_like(linear.bias))
 
 
-def _take_vector(norm: nn.LayerNorm, source: Pair, kept: Tensor) -> None:
+def take_vector(norm: nn.LayerNorm, source: Pair, kept: Tensor) -> None:
+    """Fill a norm with these entries of a larger one."""
     norm.weight.copy_(source[0][kept])
     norm.bias.copy_(source[1][kept] if source[1] is not None else torch.zeros_like(norm.bias))

@@ -5,6 +5,9 @@ from torch import Tensor, nn
 
 from ._tokens import relu_l1
 
+EPS = 1e-8  # of cosines and weights
+TEMPERATURE = 0.1  # of the gate
+
 
 def without_repeats(score: nn.Linear, guide: Tensor, tiers: Tensor, eps: float) -> Tensor:
     """sum_l w_l Y_l (..., m) of the Y (..., L, m): w = l1_layers(relu(score(Y_l * guide)) / redundancy_l)."""

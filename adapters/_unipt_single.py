@@ -41,18 +41,19 @@ class SingleAnchor(Parallel):
         self.up = nn.Linear(side_width, self.width)
 
     def open(self, batch: Batch) -> tuple[Tensor, ...]:
-        """The anchor (B, m), the embedding (B, E) it is made of, and the position of its token (B)."""
-        position = summary_position(batch.mask, last_real=self.last_real)
+        """The anchor (B, m), and the embedding (B, E) it is made of."""
+        position = summary_position(batch.mask_of(self.final), last_real=self.last_real)
         embedding = summary_token(batch.state(self.final), position)
-        return self.anchor(torch.relu(embedding)), embedding, position
+        return self.anchor(torch.relu(embedding)), embedding
 
     def look(self, index: int, opened: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
         """See Parallel."""
-        anchor, _, position = opened
+        anchor, mask = opened[0], batch.mask_of(self.states[index])
+        position = summary_position(mask, last_real=self.last_real)
         guide = self.down[index](torch.relu(batch.state(self.states[index])))  # (B, T, m)
-        scores = torch.einsum("bm,btm->bt", anchor, guide) * batch.mask
+        scores = torch.einsum("bm,btm->bt", anchor, guide) * mask
         value = torch.einsum("bt,btm->bm", relu_l1_clamped(scores), guide) + summary_token(guide, position)
-        return value, self.gate(anchor * masked_mean(guide, batch.mask))
+        return value, self.gate(anchor * masked_mean(guide, mask))
 
     def close(self, opened: Sequence[Tensor], merged: Tensor) -> Tensor:
         """A vector (B, E)."""

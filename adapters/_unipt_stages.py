@@ -2,7 +2,7 @@
 
 The last map F_L is the anchor. An earlier map F_l is first brought to its grid: each k x k cell is summed with weights
 that a saliency, made of F_L, gives its pixels (content-aware down-sampling). A 1 x 1 convolution is a Linear on tokens.
-Trained, with C_l the channels of the maps (C_L = D), m = D // reduction and output width E:
+Trained, with C_l the channels of the maps (C_L = D), output width E and m = E // reduction:
     sum_{l<L} (D C_l + C_l) + sum_l (C_l m + m + 2m) + (m² + m + 2m) + (mE + E) + (m + 1)
 
 Batch norms are in train mode while training, so the examples of a batch depend on each other and there is no lean
@@ -15,25 +15,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..cache.architecture import Architecture
 from ._base import Batch
+from ._stages import LinearNorm
 from ._tokens import relu_l1
 from ._unipt_parallel import Parallel
-
-
-def refused(arch: Architecture) -> str | None:
-    """Why these maps cannot be brought to the last one's grid; None when they can."""
-    *earlier, (height, width) = arch.stages
-    if not earlier:
-        return "it needs two stage maps or more: at least one guide beside the anchor"
-    if height * width == 1:
-        return "its batch norms need a last map of more than one pixel; keep --tokens all or grid:2, or larger images"
-    for layer, (h, w) in arch.grids.items():
-        if h % height or w % width:
-            return (
-                f"the {h} x {w} map {layer} is no multiple of the last, {height} x {width}; choose another --image-size"
-            )
-    return None
 
 
 class StageAnchor(Parallel):
@@ -79,19 +64,6 @@ class StageAnchor(Parallel):
         (height, width), (rows, columns) = self.grids[state], self.grids[self.states[-1]]
         parted = tokens.unflatten(1, (rows, height // rows, columns, width // columns))  # (B, h, k, w, k, C)
         return parted.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-
-class LinearNorm(nn.Module):
-    """A 1 x 1 convolution and its batch norm, on tokens (B, T, D)."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(inputs, outputs)
-        self.norm = nn.BatchNorm1d(outputs)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, m)."""
-        return self.norm(self.linear(tokens).flatten(0, 1)).unflatten(0, tokens.shape[:2])
 
 
 def cell_weights(cells: Tensor, wanted: Tensor) -> Tensor:

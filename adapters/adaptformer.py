@@ -47,7 +47,7 @@ class AdaptFormer(LiveMethod):
         """See LiveMethod. Raises SidebenchError for blocks that are not one attention and one MLP."""
         adapters: list[nn.Module] = []
         for block in backbone.blocks:
-            adapter = Parallel(backbone.arch.width, self.config.bottleneck, self.config.scale)
+            adapter = Parallel(backbone.arch.state_width, self.config.bottleneck, self.config.scale)
             adapter.join(block_modules(block), pre_norm=backbone.arch.norm == "pre")
             adapters.append(adapter)
         return AdaptedBody(backbone, adapters)

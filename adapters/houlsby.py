@@ -38,18 +38,19 @@ class Houlsby(LiveMethod):
 
     def refusal(self, arch: Architecture) -> str | None:
         """It needs attention blocks, and a bottleneck of one or more."""
-        if not 1 <= self.config.reduction <= arch.width:
-            return f"a bottleneck of {arch.width} / {self.config.reduction} is none; reduction is 1 to {arch.width}"
+        width = arch.state_width
+        if not 1 <= self.config.reduction <= width:
+            return f"a bottleneck of {width} / {self.config.reduction} is none; reduction is 1 to {width}"
         return lacks_blocks(arch)
 
     def build(self, backbone: Backbone) -> Body:
         """See LiveMethod. Raises SidebenchError for blocks that are not one attention and one MLP."""
-        hidden = backbone.arch.width // self.config.reduction
+        width = backbone.arch.state_width
         adapters: list[nn.Module] = []
         for block in backbone.blocks:
             parts = block_modules(block)
             for branch in (parts.after_attention, parts.after_mlp):
-                adapter = Bottleneck(backbone.arch.width, hidden, nn.SiLU())
+                adapter = Bottleneck(width, width // self.config.reduction, nn.SiLU())
                 adapter.extend(branch)
                 adapters.append(adapter)
         return AdaptedBody(backbone, adapters)

@@ -4,6 +4,8 @@ Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen. ICLR 2022, arXiv 2106.09685.
 W x becomes W x + (alpha / rank) B A x on the query and value projections; A random, B zero, so training starts at the
 pretrained function. The layers themselves are peft's. Nothing is cached: the gradient crosses the whole backbone.
 Trained: 2 projections x L blocks x 2 x D x rank (square projections).
+Ours, on a convolutional network of bottlenecks: the same on every 1 x 1 convolution in them, the projections of their
+identities among them; C_in to C_out channels train rank (C_in + C_out). The larger convolutions stay as they are.
 """
 
 from dataclasses import dataclass
@@ -41,10 +43,10 @@ class LoRA(LiveMethod):
     paper = "LoRA, ICLR 2022, arXiv 2106.09685"
 
     def refusal(self, arch: Architecture) -> str | None:
-        """It needs blocks, and a rank."""
+        """It needs attention blocks or bottlenecks, and a rank."""
         if self.config.rank < 1:
             return f"rank {self.config.rank} is no rank; 1 or more"
-        return lacks_blocks(arch)
+        return None if arch.bottlenecks else lacks_blocks(arch)
 
     def build(self, backbone: Backbone) -> Body:
         """See LiveMethod."""

@@ -9,8 +9,9 @@ the frozen block's output. The gradient stays in the side network.
 
 b_i is block i's raw output: before the backbone's final norm, and after the block it is mixed in front of the side copy
 of. A dropped block (option `keep`) has no side block and no ladder: s passes through. Its gate stays, unused, and is
-counted. Cached: the embeddings, the states of the kept blocks, and for merge_last the final layer.
-Trained, with S = D/r, F = mlp/r, K kept blocks of the L of one stack (for two see _lst_two_stacks.py):
+counted. Cached: the embeddings, the states of the kept blocks, and for merge_last the final layer. Where that is one
+projected embedding per example (CLIP's), W_up leads to its width E and is given the summary token alone (ours).
+Trained, with S = D/r, F = mlp/r, K kept blocks of the L of one stack (for two see _lst_two_stacks.py, _lst_detr.py):
     (K+1)(DS + S) + L + K(4(S²+S) + 2SF + F + S + 4S [+ 2S layer scale]) + 2S + SD + D [+ 1 merge_last] [- L no gate]
 
 init=fisher prunes by squared gradients and is the one thing here that back-propagates through the backbone: once,
@@ -31,9 +32,12 @@ from ..cache.architecture import Architecture
 from ..cache.block_weights import BackboneWeights
 from ._base import Batch, Body, CachedMethod, TrainingConfig, WeightsLoader, option
 from ._blocks import ACTIVATIONS, SideBlock
+from ._lst_detr import DetrLadders
+from ._lst_stages import StageLadder, refused
 from ._lst_two_stacks import TwoLadders
 from ._pruning import copy_pruned
 from ._recompute import in_slices, recomputed
+from ._tokens import summary_position, summary_token
 
 
 @dataclass(frozen=True)
@@ -66,21 +70,25 @@ class LST(CachedMethod):
     Config: ClassVar[type] = Config
     paper = "LST, NeurIPS 2022, arXiv 2206.06522"
     two_stacks = True
+    projected = True
 
     def refusal(self, arch: Architecture) -> str | None:
         """The side network copies the backbone's block, so that block must be known and divide by r."""
         config, r = self.config, self.config.reduction
-        if arch.decoder_blocks and not arch.t5_blocks:
+        if arch.stages:
+            return self._refusal_of_stages(arch)
+        if arch.decoder_blocks and not (arch.t5_blocks or arch.detr_blocks):
             return (
                 "of encoder-decoders it copies the blocks of the first T5 alone (an MLP with a ReLU and no gate, heads "
-                f"that share the width), and this {arch.name} has others"
+                f"that share the width) and of MDETR, and this {arch.name} has others"
             )
         if not (arch.norm or arch.t5_blocks) or arch.heads is None or arch.mlp_width is None:
             return f"it copies the backbone's block, and {arch.name} has none this code can copy"
         if arch.activation is not None and arch.activation not in ACTIVATIONS:
             return f"it copies the backbone's block, and not the activation {arch.activation!r} of {arch.name}'s MLP"
-        if arch.width % arch.heads:
-            return f"it copies the backbone's block, and width {arch.width} does not split into {arch.heads} heads"
+        width = arch.state_width
+        if width % arch.heads:
+            return f"it copies the backbone's block, and width {width} does not split into {arch.heads} heads"
         if config.temperature <= 0:
             return f"temperature {config.temperature} is none for a gate; more than 0"
         if config.init == "fisher" and config.fisher_examples < 1:
@@ -88,12 +96,24 @@ class LST(CachedMethod):
         depth = min(arch.blocks, arch.decoder_blocks or arch.blocks)  # the same blocks of both stacks are kept
         if kept_blocks(config.keep, depth) is None:
             return f"lst.keep={config.keep} is neither all nor numbers from 0 to {depth - 1} with commas between"
-        if r < 1 or arch.width % r or arch.mlp_width % r or arch.width // r % arch.heads:
+        if r < 1 or width % r or arch.mlp_width % r or width // r % arch.heads:
             return (
-                f"width {arch.width} divided by lst.reduction={r} does not split into {arch.heads} heads; "
+                f"width {width} divided by lst.reduction={r} does not split into {arch.heads} heads; "
                 f"try --set lst.reduction={self._dividing(arch)}"
             )
         return None
+
+    def _refusal_of_stages(self, arch: Architecture) -> str | None:
+        config = self.config
+        if config.init != "random":
+            return "it copies no blocks of convolutions; side blocks of its own start anew: --set lst.init=random"
+        if config.keep.strip() != "all":
+            return "lst.keep names blocks, and stage maps have none; leave it at all"
+        if config.temperature <= 0:
+            return f"temperature {config.temperature} is none for a gate; more than 0"
+        if config.reduction < 1:
+            return f"lst.reduction={config.reduction} is none; 1 or more"
+        return refused(arch)
 
     @property
     def gradient_examples(self) -> int:
@@ -101,7 +121,9 @@ class LST(CachedMethod):
         return int(self.config.fisher_examples) if self.config.init == "fisher" else 0
 
     def layers(self, arch: Architecture) -> tuple[str, ...]:
-        """What enters the first block, the kept blocks' outputs, and the final layer where it is merged."""
+        """What enters the first block, the kept blocks' outputs, the final layer where it is merged; or all maps."""
+        if arch.stages:
+            return arch.states
         last = (arch.final_layer,) if self.config.merge_last else ()
         read = [
             name
@@ -115,9 +137,14 @@ class LST(CachedMethod):
         config = self.config
         options = {"gated": config.gate == "learned", "merge_last": config.merge_last, "lean": config.lean}
         sizes = (arch, widths, config.reduction, config.temperature)
+        if arch.stages:
+            return StageLadder(*sizes, **options)
         kept = self._kept(arch)
-        two = arch.decoder_blocks > 0
-        ladder = TwoLadders(*sizes, kept=kept, **options) if two else Ladder(*sizes, kept=kept[0], **options)
+        ladder: Ladder | TwoLadders
+        if arch.decoder_blocks:
+            ladder = (TwoLadders if arch.t5_blocks else DetrLadders)(*sizes, kept=kept, **options)
+        else:
+            ladder = Ladder(*sizes, kept=kept[0], **options)
         if config.init != "random":
             loaded = weights()
             importance = loaded.importance if config.init == "fisher" else loaded
@@ -135,7 +162,7 @@ class LST(CachedMethod):
     def _dividing(self, arch: Architecture) -> int:
         assert arch.heads is not None
         assert arch.mlp_width is not None
-        both = math.gcd(arch.width // arch.heads, arch.mlp_width)
+        both = math.gcd(arch.state_width // arch.heads, arch.mlp_width)
         return next(r for r in (8, 4, 2, 1) if both % r == 0)
 
 
@@ -169,9 +196,11 @@ class Ladder(Body):
         self.states = (arch.states[0], *(arch.states[index + 1] for index in self.kept))
         self.final = arch.final_layer
         self.width = arch.width
+        self.summed = arch.projected_from is not None
+        self.causal = arch.causal
         self.temperature = temperature
         self.lean = lean
-        side_width = arch.width // reduction
+        side_width = arch.state_width // reduction
         self.down = nn.ModuleList(nn.Linear(widths[state], side_width) for state in self.states)
         self.alpha = nn.Parameter(torch.zeros(arch.blocks)) if gated else None  # mu = 0.5 at the start
         self.blocks = nn.ModuleList(SideBlock(arch, reduction) for _ in self.kept)
@@ -197,6 +226,9 @@ class Ladder(Body):
         side = run(self.rung, 0, batch)
         for first in range(0, len(self.blocks), 2):
             side = run(self.pass_two, first, side, batch)
+        if self.summed:
+            position = summary_position(batch.mask_of(self.states[-1]), last_real=self.causal)
+            side = summary_token(side, position)[:, None]
         if self.alpha_last is None:
             return self.up(self.norm(side))  # (B, T, D)
         return run(self.merged, self.alpha_last, side, batch)
@@ -206,7 +238,7 @@ class Ladder(Body):
         for place in range(first, min(first + 2, len(self.blocks))):
             rung = self.rung(place + 1, batch)
             mixed = side + rung if self.alpha is None else self.mixed(self.alpha[self.kept[place]], side, rung)
-            side = self.blocks[place](mixed, batch.mask)
+            side = self.blocks[place](mixed, batch.mask_of(self.states[place + 1]))
         return side
 
     def merged(self, alpha: Tensor, side: Tensor, batch: Batch) -> Tensor:

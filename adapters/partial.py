@@ -27,6 +27,7 @@ class Partial(PrefixMethod):
     """Train the last blocks of the backbone."""
 
     Config: ClassVar[type] = Config
+    projected = True
     paper = "partial fine-tuning, NeurIPS 2014, arXiv 1411.1792; Partial-1 as in VPT, arXiv 2203.12119"
 
     def first_block(self, arch: Architecture) -> int:

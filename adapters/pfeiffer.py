@@ -38,15 +38,17 @@ class Pfeiffer(LiveMethod):
 
     def refusal(self, arch: Architecture) -> str | None:
         """It needs attention blocks, and a bottleneck of one or more."""
-        if not 1 <= self.config.reduction <= arch.width:
-            return f"a bottleneck of {arch.width} / {self.config.reduction} is none; reduction is 1 to {arch.width}"
+        width = arch.state_width
+        if not 1 <= self.config.reduction <= width:
+            return f"a bottleneck of {width} / {self.config.reduction} is none; reduction is 1 to {width}"
         return lacks_blocks(arch)
 
     def build(self, backbone: Backbone) -> Body:
         """See LiveMethod. Raises SidebenchError for blocks that are not one attention and one MLP."""
+        width = backbone.arch.state_width
         adapters: list[nn.Module] = []
         for block in backbone.blocks:
-            adapter = Bottleneck(backbone.arch.width, backbone.arch.width // self.config.reduction, nn.ReLU())
+            adapter = Bottleneck(width, width // self.config.reduction, nn.ReLU())
             adapter.extend(block_modules(block).after_mlp if self.config.residual == "before" else block)
             adapters.append(adapter)
         return AdaptedBody(backbone, adapters)

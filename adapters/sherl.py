@@ -1,6 +1,6 @@
 """SHERL: Synthesizing High Accuracy and Efficient Memory for Resource-Limited Transfer Learning.
 Diao, Wan, Jia, Zhuge, Zhang, Lu, Chen. ECCV 2024, arXiv 2407.07523. The form for transformers (its text side of
-VSE-infinity); `sherl_single_anchor` is the one for CLIP4Clip.
+VSE-infinity); for a trunk of bottlenecks see _sherl_stages.py, for CLIP4Clip `sherl_single_anchor`.
 
 Early route, token by token: the states before the last block are projected and summed with weights in which a layer
 counts less the more the others resemble it. Late route: the sum goes through the last frozen block, with gradient.
@@ -27,15 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.architecture import Architecture
-from ..cache.suffix import ENTERING, MASK, Suffix
+from ..cache.suffix import ENTERING, MASK, LastBottleneck, Suffix
 from ._base import BackboneBody, Batch, Body, PrefixMethod, TrainingConfig, option
 from ._live import lacks_blocks
 from ._recompute import in_slices, recomputed
-from ._sherl import without_repeats
+from ._sherl import EPS, TEMPERATURE, without_repeats
+from ._sherl_stages import EarlyStages, maps_read, refused_stages
 
-EPS = 1e-8  # of cosines and weights
 NORM_EPS = 1e-12  # of the norm behind W_up: BERT's
-TEMPERATURE = 0.1  # of the gate
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class Config(TrainingConfig):
     lr: float = option(5e-4, "peak learning rate (SHERL's VSE-infinity scripts, which keep UniPT's)")
     weight_decay: float = option(1e-2, "AdamW's weight decay (SHERL's VSE-infinity scripts)")
     reduction: int = option(2, "r: the side width is m = D // r (2 in the paper)")
+    side_width: int = option(0, "m itself (512 on both sides of VSE-infinity); 0: D // r")
     lean: bool = option(
         True, "true: backward computes the early route again, a slice of the batch at a time; false: it keeps it all"
     )
@@ -58,24 +58,29 @@ class Sherl(PrefixMethod):
 
     def refusal(self, arch: Architecture) -> str | None:
         """It needs the last block and a shallow state beside the one that enters it."""
-        if arch.blocks < 2:
+        if arch.blocks < 2 and not arch.stages:
             return f"it needs two states before the last block, and {arch.name} has {arch.blocks} blocks"
-        if self.config.reduction < 1 or arch.width // self.config.reduction < 1:
+        if self.config.side_width < 0:
+            return f"side_width {self.config.side_width} is none; 1 or more, or 0 for D // r"
+        if not self.config.side_width and (self.config.reduction < 1 or arch.width // self.config.reduction < 1):
             return f"reduction {self.config.reduction} leaves no side width of {arch.width}"
-        return lacks_blocks(arch)
+        return refused_stages(arch) if arch.stages else lacks_blocks(arch)
 
     def first_block(self, arch: Architecture) -> int:
         """See PrefixMethod: the last one."""
         return arch.blocks - 1
 
     def layers(self, arch: Architecture) -> tuple[str, ...]:
-        """What enters each block."""
-        return arch.states[:-1]
+        """What enters each block; or the maps that `maps_read` names."""
+        return maps_read(arch) if arch.stages else arch.states[:-1]
 
     def build(self, suffix: Suffix) -> Body:
         """See PrefixMethod."""
         arch = suffix.arch
-        early = EarlyRoute(self.layers(arch), arch.width, arch.width // self.config.reduction)
+        side_width = self.config.side_width or arch.width // self.config.reduction
+        if isinstance(suffix, LastBottleneck):
+            return TwoRoutes(suffix, EarlyStages(arch, suffix.widths, side_width), lean=False)
+        early = EarlyRoute(self.layers(arch), arch.width, side_width)
         return TwoRoutes(suffix, early, lean=self.config.lean)
 
 
@@ -101,7 +106,7 @@ class EarlyRoute(nn.Module):
 class TwoRoutes(BackboneBody):
     """The early route, then the last block as it is; tokens (B, T, D) out."""
 
-    def __init__(self, suffix: Suffix, early: EarlyRoute, *, lean: bool = True) -> None:
+    def __init__(self, suffix: Suffix, early: EarlyRoute | EarlyStages, *, lean: bool = True) -> None:
         super().__init__(suffix)
         self.early = early
         self.lean = lean

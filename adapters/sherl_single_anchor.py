@@ -49,6 +49,7 @@ class SherlSingleAnchor(CachedMethod):
 
     Config: ClassVar[type] = Config
     paper = "SHERL, ECCV 2024, arXiv 2407.07523 (its CLIP4Clip form)"
+    projected = True
 
     def refusal(self, arch: Architecture) -> str | None:
         """A token that sums an example up is needed, and a layer beside it."""
@@ -111,18 +112,19 @@ class TieredAnchor(Body):
     def rise(self, batch: Batch) -> Tensor:
         """From all layers to a vector (B, E)."""
         run: Callable[..., Tensor] = recomputed if self.lean else lambda compute, *args: compute(*args)
-        position = summary_position(batch.mask, last_real=self.last_real)
+        position = summary_position(batch.mask_of(self.final), last_real=self.last_real)
         embedding = summary_token(batch.state(self.final), position)
         guide = self.guide(torch.relu(embedding))  # (B, m)
-        tiers = [run(self.summed_up, index, guide, position, batch) for index in range(len(self.states))]
+        tiers = [run(self.summed_up, index, guide, batch) for index in range(len(self.states))]
         merged = guide + without_repeats(self.of_layers, guide, torch.stack(tiers, 1), EPS)
         return embedding + self.up(torch.relu(merged))
 
-    def summed_up(self, index: int, guide: Tensor, position: Tensor, batch: Batch) -> Tensor:
+    def summed_up(self, index: int, guide: Tensor, batch: Batch) -> Tensor:
         """Y_l (B, m): a layer's tokens by weight, and its summary token."""
+        mask = batch.mask_of(self.states[index])
         tokens = self.down[index](torch.relu(batch.state(self.states[index])))  # (B, T, m)
-        scores = self.of_tokens[index](tokens * guide[:, None]).squeeze(-1) * batch.mask
-        base = summary_token(tokens, position)
+        scores = self.of_tokens[index](tokens * guide[:, None]).squeeze(-1) * mask
+        base = summary_token(tokens, summary_position(mask, last_real=self.last_real))
         if self.gamma is not None:
             base = base * torch.sigmoid(self.gamma[index] / TEMPERATURE)
         return torch.einsum("bt,btm->bm", relu_l1(scores, EPS), tokens) + base

@@ -5,7 +5,7 @@ Every frozen hidden state is projected down; the last is the anchor, the others 
 at the anchor's positions by a softmax-free attention map, all guides in parallel (parallel interaction), and the guides
 are summed with confidences that a gate reads from pooled anchor and guide (confidence aggregation).
 
-Cached: the L hidden states (single_anchor: and the final layer). Trained, with m = D // reduction and output width E:
+Cached: the L hidden states (single_anchor: and the final layer). Trained, with output width E and m = E // reduction:
     L(Dm + m + 2m) + (m² + m + 2m) + (mE + E) + (m + 1)             tokens (the paper's VSE-infinity, text)
     L(Dm + m + 2m) + (mE + E + Em + m + 2m) + (mE + E) + (m + 1)    mlp (CLIP-ViL)
     L(Dm + m) + (Em + m) + (m + 1) + (mE + E)                       single_anchor (CLIP4Clip; in _unipt_single.py)
@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from ..cache.architecture import Architecture
 from ..cache.pooling import masked_mean
 from ._base import Batch, Body, CachedMethod, TrainingConfig, WeightsLoader, option
+from ._stages import refused
 from ._tokens import relu_l1
 from ._unipt_parallel import Parallel
 from ._unipt_single import SingleAnchor
-from ._unipt_stages import StageAnchor, refused
+from ._unipt_stages import StageAnchor
 from ._unipt_two_stacks import TwoStacks, taps
 
 
@@ -40,7 +41,10 @@ class Config(TrainingConfig):
 
     lr: float = option(5e-4, "peak learning rate (UniPT's released scripts for VSE-infinity, CLIP-ViL VQA and MDETR)")
     weight_decay: float = option(1e-4, "AdamW's weight decay (UniPT's VSE-infinity and MDETR scripts)")
-    reduction: int = option(2, "r: the side width is m = D // r (2 in the paper; 1 for its CLIP4Clip form)")
+    reduction: int = option(2, "r: the side width is m = E // r (2 in the paper; 1 for its CLIP4Clip form)")
+    width: int = option(
+        0, "E: width of what it yields, forms tokens and mlp (1024 for VSE-infinity); 0: the backbone's own"
+    )
     form: Literal["tokens", "mlp", "single_anchor"] = option(
         "tokens",
         "tokens: anchor = last state; mlp: the same with an MLP behind the sum (CLIP-ViL); single_anchor: anchor = the "
@@ -57,6 +61,7 @@ class UniPT(CachedMethod):
     Config: ClassVar[type] = Config
     paper = "UniPT, CVPR 2024, arXiv 2308.14316"
     two_stacks = True
+    projected = True
 
     def refusal(self, arch: Architecture) -> str | None:
         """At least one guide beside the anchor is needed."""
@@ -66,10 +71,17 @@ class UniPT(CachedMethod):
             return reason
         if arch.decoder_blocks and self.config.form != "tokens":
             return f"form {self.config.form} is for one stack; leave unipt.form at tokens, which has a form for two"
+        if arch.projected_from and not self._single:
+            return f"{arch.name} ends in one embedding, the anchor of another form: --set unipt.form=single_anchor"
         if arch.blocks < 1 and not arch.stages:
             return "it needs a backbone with blocks: at least one guide beside the anchor"
-        if arch.width // max(self.config.reduction, 1) < 1 or self.config.reduction < 1:
-            return f"reduction {self.config.reduction} leaves no side width of {arch.width}"
+        if self.config.width < 0:
+            return f"width {self.config.width} is none; 1 or more, or 0 for the backbone's own"
+        if self.config.width and (self._single or arch.decoder_blocks):
+            return "its forms for a single anchor and for two stacks yield the backbone's width; leave unipt.width out"
+        width = self._width(arch)
+        if width // max(self.config.reduction, 1) < 1 or self.config.reduction < 1:
+            return f"reduction {self.config.reduction} leaves no side width of {width}"
         if self._single and arch.modality == "image" and not arch.prefix_tokens:
             return f"its single anchor is the class token, and {arch.name} has none; leave unipt.form at tokens"
         return None
@@ -83,16 +95,20 @@ class UniPT(CachedMethod):
 
     def build(self, arch: Architecture, widths: Mapping[str, int], weights: WeightsLoader) -> Body:
         """See CachedMethod."""
-        side_width, lean = arch.width // self.config.reduction, self.config.lean
+        width, lean = self._width(arch), self.config.lean
+        side_width = width // self.config.reduction
         if arch.stages:
-            return StageAnchor(arch.grids, widths, side_width, arch.width)
+            return StageAnchor(arch.grids, widths, side_width, width)
         if arch.decoder_blocks:
             return TwoStacks(arch, widths, side_width, lean=lean)
         if self._single:
             # A causal text tower (CLIP) sums a text up in its end token, others in their first.
             return SingleAnchor(arch.states, arch.final_layer, widths, side_width, last_real=arch.causal, lean=lean)
         form = MlpAnchor if self.config.form == "mlp" else TokenAnchor
-        return form(arch.states, widths, side_width, arch.width, lean=lean)
+        return form(arch.states, widths, side_width, width, lean=lean)
+
+    def _width(self, arch: Architecture) -> int:
+        return int(self.config.width) or arch.width
 
     @property
     def _single(self) -> bool:

@@ -57,9 +57,10 @@ class PromptedBody(BackboneBody):
         # Uniform within sqrt(6 / (3 P² + D)), Xavier's bound for the patch embedding (VPT's released code); a text
         # backbone has no patches, so its token embedding's own fan, D, stands in for 3 P².
         patch_size = getattr(backbone.preprocess, "patch_size", None)
-        fan_in = 3 * patch_size**2 if patch_size else arch.width
-        bound = (6 / (fan_in + arch.width)) ** 0.5
-        self.prompts = nn.Parameter(torch.empty(len(blocks) if deep else 1, prompts, arch.width))  # (L or 1, p, D)
+        width = arch.state_width
+        fan_in = 3 * patch_size**2 if patch_size else width
+        bound = (6 / (fan_in + width)) ** 0.5
+        self.prompts = nn.Parameter(torch.empty(len(blocks) if deep else 1, prompts, width))  # (L or 1, p, D)
         nn.init.uniform_(self.prompts, -bound, bound)
         self.start = 1 if arch.modality == "text" or arch.prefix_tokens else 0  # behind the first (class) token
         for index, block in enumerate(blocks):

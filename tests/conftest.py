@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from collections.abc import Iterator
 from pathlib import Path
 
+import convolutions
 import pytest
 import torch
 import toys
@@ -60,6 +61,12 @@ def tiny_clip_text(models: Path) -> Backbone:
 def tiny_t5(models: Path) -> Backbone:
     """An encoder with its decoder."""
     return toys.load(models / "t5", tower="both")
+
+
+@pytest.fixture(scope="session")
+def tiny_resnet() -> Backbone:
+    """A convolutional network of bottlenecks."""
+    return convolutions.tiny_resnet()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from sidebench.cache.backbone import Backbone
 from sidebench.cache.block_weights import BackboneWeights, read_weights
 from sidebench.cache.pooling import masked_mean
 from sidebench.cache.store import LiveStore
-from sidebench.cache.suffix import Suffix, entering_layer
+from sidebench.cache.suffix import entering, restarted
 
 FAMILIES = ("bert", "vit", "dinov2", "clip_vision", "clip_text")
 TEXT_FAMILIES = ("bert", "clip_text")
@@ -90,10 +90,10 @@ class Run:
 def build(method: Method, backbone: Backbone) -> Body:
     """The method's network as the benchmark would build it; a live one changes `backbone`, a prefix one a copy."""
     if isinstance(method, CachedMethod):
-        widths = {layer: backbone.arch.width for layer in method.layers(backbone.arch)}
+        widths = {layer: width for layer, (_, width) in backbone.shapes(method.layers(backbone.arch)).items()}
         return method.build(backbone.arch, widths, lambda: weights_of(backbone))
     if isinstance(method, PrefixMethod):
-        return method.build(Suffix(copy.deepcopy(backbone), method.first_block(backbone.arch)))
+        return method.build(restarted(copy.deepcopy(backbone), method.first_block(backbone.arch)))
     assert isinstance(method, LiveMethod)
     return method.network(backbone)
 
@@ -109,8 +109,10 @@ def batch_of(method: Method, backbone: Backbone, prepared: Sequence[Tensor]) -> 
     if isinstance(method, CachedMethod | PrefixMethod):
         read = LiveStore(backbone, prepared).read(np.arange(len(prepared)), method.layers(backbone.arch))
         if isinstance(method, PrefixMethod):
-            return Batch(read.mask, read.layers).entering(entering_layer(method.first_block(backbone.arch)))
-        return Batch(read.mask, read.layers, {})
+            return Batch(read.mask, read.layers, {}, read.masks).entering(
+                entering(backbone.arch, method.first_block(backbone.arch))
+            )
+        return Batch(read.mask, read.layers, {}, read.masks)
     inputs, mask = backbone.preprocess.collate(prepared)
     if mask is None:
         tokens = backbone.preprocess.image_size // backbone.preprocess.patch_size  # type: ignore[attr-defined]

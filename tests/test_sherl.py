@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from sidebench.adapters import _recompute
 from sidebench.adapters._base import Batch, trained
-from sidebench.adapters._sherl import redundancy, without_repeats
+from sidebench.adapters._sherl import EPS, redundancy, without_repeats
 from sidebench.adapters._tokens import relu_l1
-from sidebench.adapters.sherl import EPS, Config, EarlyRoute, Sherl, TwoRoutes
+from sidebench.adapters.sherl import Config, EarlyRoute, Sherl, TwoRoutes
 from sidebench.cache.architecture import Architecture
 from sidebench.cache.backbone import Backbone
 

@@ -1,17 +1,22 @@
 """UniPT against its formulas, written out in loops and in float64 (arXiv 2308.14316)."""
 
+import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
 from method_cases import Exact, random_states
 from torch import Tensor, nn
 
+from sidebench.adapters._registry import find_method
 from sidebench.adapters._tokens import relu_l1, relu_l1_clamped
 from sidebench.adapters._unipt_parallel import confidences
 from sidebench.adapters._unipt_single import SingleAnchor
 from sidebench.adapters.unipt import Config, MlpAnchor, TokenAnchor, UniPT
 from sidebench.cache.architecture import Architecture
+from sidebench.cache.configs import config_backbone, fake_mode
+from sidebench.cache.resnet_load import config_resnet
 
 Rows = list[list[float]]
 STATES = ("embeddings", "blocks.0", "blocks.1", "blocks.2")
@@ -167,6 +172,34 @@ def thirteen(width: int) -> tuple[tuple[str, ...], dict[str, int]]:
 def test_the_text_side_of_vse_has_5_921_281_parameters() -> None:
     states, widths = thirteen(768)
     assert count(TokenAnchor(states, widths, 512, 1024)) == 5_921_281
+
+
+@pytest.mark.parametrize(("stream", "expected"), [("text", 5_921_281), ("image", 6_433_537)])
+def test_vse_infinity_is_a_width_of_1024(stream: str, expected: int) -> None:
+    backbone = config_backbone("bert-base") if stream == "text" else config_resnet("resnext101_32x8d_wsl", 512)
+    method = find_method("unipt").configured({"width": "1024"})
+    assert isinstance(method, UniPT)
+    assert method.refusal(backbone.arch) is None
+    with fake_mode(backbone) or pytest.fail("it has weights"):
+        widths = {layer: width for layer, (_, width) in backbone.shapes(method.layers(backbone.arch)).items()}
+        body = method.build(backbone.arch, widths, lambda: pytest.fail("unipt starts from no backbone weights"))
+    assert (body.width, count(body)) == (1024, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"width": 4, "form": "single_anchor"}, "yield the backbone's width; leave unipt.width out"),
+        ({"width": -1}, "width -1 is none; 1 or more"),
+        ({"width": 2, "reduction": 3}, "reduction 3 leaves no side width of 2"),
+    ],
+)
+def test_a_width_that_no_form_yields_is_refused(settings: dict[str, Any], said: str) -> None:
+    arch = Architecture("Toy", "text", blocks=2, width=6, prefix_tokens=0, final_layer="norm")
+    assert said in str(UniPT(Config(**settings)).refusal(arch))
+    two = dataclasses.replace(arch, decoder_blocks=2)
+    assert "for two stacks" in str(UniPT(Config(width=4)).refusal(two))
+    assert UniPT(Config(width=4)).refusal(arch) is None
 
 
 def test_the_side_of_clip_vil_has_4_736_641_parameters() -> None:
