@@ -416,13 +416,17 @@ def test_a_uri_keeps_its_path_as_typed() -> None:
 
 
 def test_known_tasks_name_every_form_and_every_data_sample() -> None:
-    assert {task.scheme for task in known_tasks()} == {"csv", "jsonl", "folder", "glue", "vtab", "fgvc", "sample"}
+    of_classes = {"csv", "jsonl", "folder", "glue", "vtab", "fgvc", "sample"}
+    of_pairs = {"pairs", "f30k", "coco-retrieval", "msrvtt", "msvd"}
+    of_both = {"vqa2", "gqa", "refcoco", "refcoco+", "refcocog"}
+    assert {task.scheme for task in known_tasks()} == of_classes | of_pairs | of_both
     assert {task.form for task in known_tasks() if task.scheme == "sample"} == {
         "sample:movie-reviews",
         "sample:tweets",
         "sample:textile",
         "sample:digits",
         "sample:mnist-5k",
+        "sample:digit-scenes",
     }
 
 

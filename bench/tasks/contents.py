@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,7 +50,7 @@ class TextExamples:
         """Hash over ids, UTF-8 texts, class names and targets in order."""
         pieces = ((text,) if isinstance(text, str) else text for text in self.texts)
         digests = (" ".join(hashlib.sha256(piece.encode("utf-8")).hexdigest() for piece in both) for both in pieces)
-        return _content_hash(self.modality, self.ids, self.targets, self.classes, digests)
+        return content_hash(self.modality, self.ids, self.targets, self.classes, digests)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,7 @@ class ImageExamples:
     @cached_property
     def content_sha256(self) -> str:
         """Hash over ids, bytes of the image files, class names and targets in order."""
-        return _content_hash(self.modality, self.ids, self.targets, self.classes, file_hashes(self.paths, self.memo))
+        return content_hash(self.modality, self.ids, self.targets, self.classes, file_hashes(self.paths, self.memo))
 
 
 def example_hashes(examples: Examples, size: int) -> NDArray[np.uint8]:
@@ -112,13 +112,13 @@ def file_hashes(paths: Iterable[Path], memo: Path) -> list[str]:
             with path.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
-            raise SidebenchError(f"the image {path} cannot be read ({error.strerror}).") from error
+            raise SidebenchError(f"the file {path} cannot be read ({error.strerror}).") from error
         hashes.append(digest)
         if time.time_ns() - facts.st_mtime_ns > _SETTLED_NS:
             fresh[key] = (facts.st_size, facts.st_mtime_ns, digest)
     if fresh:
         with suppress(OSError):  # a disk that is full or read-only: the next comparison reads the images again
-            _remember(memo, {**known, **fresh})
+            remember(memo, {**known, **fresh})
     return hashes
 
 
@@ -140,7 +140,8 @@ def _is_entry(entry: object) -> bool:
     return isinstance(size, int) and isinstance(mtime, int) and isinstance(digest, str) and len(digest) == 64
 
 
-def _remember(memo: Path, entries: dict[str, Entry]) -> None:
+def remember(memo: Path, entries: Mapping[str, object]) -> None:
+    """Write `memo` anew, at once."""
     memo.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=".hashes-", dir=memo.parent)
     try:
@@ -152,7 +153,7 @@ def _remember(memo: Path, entries: dict[str, Entry]) -> None:
         raise
 
 
-def _content_hash(
+def content_hash(
     modality: str,
     ids: tuple[str, ...],
     targets: NDArray[np.int64],

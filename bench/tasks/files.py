@@ -21,15 +21,16 @@ Line = tuple[str, Mapping[str, object]]
 
 def read_csv(path: Path, columns: Mapping[str, str]) -> Rows:
     """Rows of a comma-separated file whose first line names the columns; `columns` renames (option -> column)."""
-    return _rows(path, _csv_lines(path), columns)
+    return _rows(path, csv_lines(path), columns)
 
 
 def read_jsonl(path: Path, columns: Mapping[str, str]) -> Rows:
     """Rows of a file with one JSON object per line; `columns` renames (option -> key)."""
-    return _rows(path, _jsonl_lines(path), columns)
+    return _rows(path, jsonl_lines(path), columns)
 
 
-def _csv_lines(path: Path) -> Iterator[Line]:
+def csv_lines(path: Path) -> Iterator[Line]:
+    """Lines of a comma-separated file by the columns that its first line names."""
     text = "".join(text for _, text in text_lines(path))
     previous = csv.field_size_limit(_MAX_FIELD_CHARACTERS)
     try:
@@ -57,7 +58,8 @@ def _csv_lines(path: Path) -> Iterator[Line]:
         csv.field_size_limit(previous)
 
 
-def _jsonl_lines(path: Path) -> Iterator[Line]:
+def jsonl_lines(path: Path) -> Iterator[Line]:
+    """The JSON object of every line that is not blank."""
     for number, text in text_lines(path):
         where = f"{path} line {number}"
         if not text.strip():
@@ -97,20 +99,20 @@ def _rows(path: Path, lines: Iterator[Line], columns: Mapping[str, str]) -> Rows
     images: list[Path] = []
     parts: list[str] = []
     for where, fields in chain([start], lines):
-        content = _value(where, fields, modality, columns)
+        content = value_of(where, fields, modality, columns)
         if modality == "text":
             texts.append(content)
         else:
-            images.append(_image_path(where, folder, content))
-        labels.append(_value(where, fields, "label", columns))
+            images.append(image_path(where, folder, content))
+        labels.append(value_of(where, fields, "label", columns))
         for option in ("split", "id"):
             if option in fields and option not in optional:
                 raise SidebenchError(
                     f"{where} has {option!r}, but the lines before it have none; give it to all or none."
                 )
-        ids.append(_value(where, fields, "id", columns) if "id" in optional else str(len(ids)))
+        ids.append(value_of(where, fields, "id", columns) if "id" in optional else str(len(ids)))
         if "split" in optional:
-            parts.append(part_of(_value(where, fields, "split", columns), where))
+            parts.append(part_of(value_of(where, fields, "split", columns), where))
     contents: tuple[str, ...] | tuple[Path, ...] = tuple(texts) if modality == "text" else tuple(images)
     return Rows(modality, tuple(ids), tuple(labels), contents, tuple(parts) if "split" in optional else None)
 
@@ -123,7 +125,7 @@ def _modality(where: str, fields: Mapping[str, object], columns: Mapping[str, st
     return there[0] if there else "text"  # which then is the column that is missed
 
 
-def _value(where: str, fields: Mapping[str, object], option: str, columns: Mapping[str, str]) -> str:
+def value_of(where: str, fields: Mapping[str, object], option: str, columns: Mapping[str, str]) -> str:
     """Content of a field as text, which must be there, a plain value and not blank."""
     column = columns.get(option, option)
     if column not in fields:
@@ -137,12 +139,13 @@ def _value(where: str, fields: Mapping[str, object], option: str, columns: Mappi
     text = str(value)
     if not text.strip():
         raise SidebenchError(f"{where}: {column!r} is empty; every example needs one. Fill it in or remove the line.")
-    if not _is_unicode(text):
+    if not is_unicode(text):
         raise SidebenchError(f"{where}: {column!r} holds half a character (a lone surrogate), which is no text.")
     return text
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8: JSON's escapes can spell half a character."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -150,7 +153,8 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _image_path(where: str, folder: Path, value: str) -> Path:
+def image_path(where: str, folder: Path, value: str) -> Path:
+    """The image that a field names, which must exist below the file's folder."""
     try:
         path = (folder / value).resolve()
         is_file = path.is_file()

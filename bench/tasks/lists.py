@@ -58,13 +58,13 @@ def listed_rows(parts: Mapping[str, Listed], folder: Path, source: str, classes:
         "image",
         tuple(first),
         tuple(label for listed in parts.values() for label in listed.values()),
-        tuple(_image(folder, name, source) for name in first),
+        tuple(listed_image(folder, name, source) for name in first),
         tuple(first.values()),
         classes,
     )
 
 
-def _image(folder: Path, name: str, source: str) -> Path:
+def listed_image(folder: Path, name: str, source: str) -> Path:
     """The image as listed. By its words: a folder of images may well be a link to another disk."""
     listed = PurePosixPath(name)
     if listed.is_absolute() or ".." in listed.parts:

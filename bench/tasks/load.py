@@ -8,14 +8,18 @@ from ...cache import samples
 from ...cache.errors import SidebenchError, unknown
 from ...cache.examples import Examples
 from ...cache.uri import Uri, parse_uri
-from .base import Pooling, Task
+from .base import AnyTask, Pooling, Task
 from .contents import ImageExamples, TextExamples
 from .fgvc import FEW_SHOT, FGVC, read_fgvc
 from .files import COLUMN_OPTIONS, read_csv, read_jsonl
 from .folder import read_folder
 from .glue import GLUE, glue_task, read_glue
+from .gqa import load_gqa
+from .pairs import PAIR_SAMPLES, PAIR_SCHEMES, is_pairs, load_pairs
+from .refcoco import load_refcoco
 from .rows import Rows, classes_of, limited, targets_of
 from .score import ACCURACY, score_named
+from .vqa import load_vqa
 from .vtab import SUITES, VTAB, read_vtab, vtab_task
 
 FAMILIES = ("glue", "vtab", "fgvc")  # schemes of benchmarks on which methods have published settings
@@ -32,6 +36,26 @@ _OPTIONS = {
 
 
 @dataclass(frozen=True)
+class JointScheme:
+    """Tasks on images with texts: what can be typed, and what reads them."""
+
+    form: str
+    summary: str
+    load: Callable[..., AnyTask]
+    options: tuple[str, ...] = ("root",)
+
+
+_BOXES = "expressions for things in COCO images (MDETR's files), tested on that part"
+JOINT = {
+    "vqa2": JointScheme("vqa2:v2?root=FOLDER[&submit=test]", "VQA v2 (LXMERT's files)", load_vqa, ("root", "submit")),
+    "gqa": JointScheme("gqa:balanced?root=FOLDER[&submit=test]", "GQA (LXMERT's files)", load_gqa, ("root", "submit")),
+    "refcoco": JointScheme("refcoco:val|testA|testB?root=FOLDER", f"RefCOCO: {_BOXES}", load_refcoco),
+    "refcoco+": JointScheme("refcoco+:val|testA|testB?root=FOLDER", f"RefCOCO+: {_BOXES}", load_refcoco),
+    "refcocog": JointScheme("refcocog:val|test?root=FOLDER", f"RefCOCOg: {_BOXES}", load_refcoco),
+}
+
+
+@dataclass(frozen=True)
 class KnownTask:
     """A row of `bench tasks`: what can be typed."""
 
@@ -43,7 +67,7 @@ class KnownTask:
 def known_tasks() -> tuple[KnownTask, ...]:
     """Every form of task, and each sample by name."""
     columns = "?text=COL&image=COL&label=COL&split=COL&id=COL&pool=mean|cls"
-    forms = (
+    forms: tuple[KnownTask, ...] = (
         KnownTask("csv", f"csv:PATH[{columns}]", "comma-separated rows of text or image path, label, split, id"),
         KnownTask("jsonl", f"jsonl:PATH[{columns}]", "one JSON object per line, with the same columns"),
         KnownTask("folder", "folder:PATH[?pool=mean|cls]", "images in class folders, with or without train/val/test"),
@@ -59,6 +83,9 @@ def known_tasks() -> tuple[KnownTask, ...]:
             f"NOAH's few-shot lists: {', '.join(FEW_SHOT)}",
         ),
     )
+    forms += tuple(KnownTask(scheme, pairs.form, pairs.summary) for scheme, pairs in PAIR_SCHEMES.items())
+    forms += tuple(KnownTask(scheme, joint.form, joint.summary) for scheme, joint in JOINT.items())
+    forms += tuple(KnownTask("sample", f"sample:{name}", summary) for name, summary in PAIR_SAMPLES.items())
     data = {name: sample for name, sample in samples.SAMPLES.items() if sample.kind != "backbone"}
     return forms + tuple(KnownTask("sample", f"sample:{name}", data[name].summary) for name in data)
 
@@ -69,11 +96,26 @@ def family_of(uri: str) -> str | None:
     return scheme if scheme in FAMILIES else None
 
 
+def load_any(uri: str, *, home: Path, limit: int | None = None, say: Callable[[str], None]) -> AnyTask:
+    """The task a URI names, of whatever kind; see `load_task`, `tasks.pairs.load_pairs`, and the readers of `JOINT`."""
+    if is_pairs(uri):
+        return load_pairs(uri, home=home, limit=limit, say=say)
+    if uri.partition(":")[0] in JOINT:
+        parsed = parse_uri(uri, kind="task", known={scheme: known.options for scheme, known in JOINT.items()})
+        try:
+            return JOINT[parsed.scheme].load(parsed, _root(parsed), home=home, limit=limit, say=say)
+        except OSError as error:
+            raise SidebenchError(f"{uri} cannot be read ({error}).") from error
+    return load_task(uri, home=home, limit=limit, say=say)
+
+
 def load_task(uri: str, *, home: Path, limit: int | None = None, say: Callable[[str], None]) -> Task:
-    """The task a URI names; `limit` keeps that many examples, stratified by label.
+    """The task of classes or numbers a URI names; `limit` keeps that many examples, stratified by label.
 
     `home` holds samples and remembered hashes; `say` is told what takes long.
     """
+    if is_pairs(uri) or uri.partition(":")[0] in JOINT:
+        raise SidebenchError(f"{uri} has no classes, and this works on tasks that have some; `bench compare` takes it.")
     parsed = parse_uri(uri, kind="task", known=_OPTIONS)
     pool = parsed.options.get("pool", "mean")
     if pool not in _POOLINGS:

@@ -90,10 +90,10 @@ def limited(rows: Rows, limit: int, uri: str, *, by_label: bool = True) -> Rows:
         return rows
     chosen: list[int] = []
     cells = [by_class[label] for label in sorted(by_class)]
-    quotas = _shares(limit, [sum(map(len, cell.values())) for cell in cells])
+    quotas = shares(limit, [sum(map(len, cell.values())) for cell in cells])
     for cell, quota in zip(cells, quotas, strict=True):
         parts = [cell[part] for part in sorted(cell, key=("", "train", "test", "val").index)]
-        for members, share in zip(parts, _shares(quota, [len(part) for part in parts]), strict=True):
+        for members, share in zip(parts, shares(quota, [len(part) for part in parts]), strict=True):
             chosen += sorted(members, key=lambda i: id_order("limit", rows.ids[i]))[:share]
     return rows.take(sorted(chosen))
 
@@ -103,7 +103,7 @@ def id_order(salt: str, name: str) -> bytes:
     return hashlib.sha256(f"{salt}\0{name}".encode()).digest()
 
 
-def _shares(total: int, sizes: Sequence[int]) -> list[int]:
+def shares(total: int, sizes: Sequence[int]) -> list[int]:
     """Split `total` over groups of these sizes: one each first, the rest in proportion, by largest remainder."""
     if total < len(sizes):
         return [1] * total + [0] * (len(sizes) - total)

@@ -24,6 +24,8 @@ class Score:
     name: str
     parts: Mapping[str, Weighted]
     of_numbers: bool = False  # of one number per example (a regression), not of a class
+    of_examples: bool = False  # a mean of what each test example adds, which a run keeps as `contributions`: no parts
+    is_fraction: bool = True  # of 1, and shown in percent; else in its natural unit
 
     def weighted(self, predicted: Numbers, targets: Numbers, weights: Numbers) -> Numbers:
         """(R,) scores of predictions (N,) as `read` gives them, under weights (R, N)."""
@@ -122,6 +124,11 @@ ACCURACY = "accuracy"
 MATTHEWS = "Matthews correlation"
 ACCURACY_AND_F1 = "accuracy and F1"
 CORRELATIONS = "Pearson and Spearman"
+RSUM = "Rsum"
+SOFT_ACCURACY = "soft accuracy"  # VQA's
+EXACT_MATCH = "exact match"  # GQA's
+PRECISION_AT_1 = "P@1"
+NATURAL = (RSUM, "MedR", "MeanR", "MdR", "MnR")  # ends of the names of figures that are no fractions
 _SCORES = {
     score.name: score
     for score in (
@@ -129,8 +136,27 @@ _SCORES = {
         Score(MATTHEWS, {"Matthews correlation": matthews}),
         Score(ACCURACY_AND_F1, {"accuracy": accuracy, "F1": f1}),
         Score(CORRELATIONS, {"Pearson": pearson, "Spearman": spearman}, of_numbers=True),
+        Score(RSUM, {}, of_examples=True, is_fraction=False),
+        Score(SOFT_ACCURACY, {}, of_examples=True),
+        Score(EXACT_MATCH, {}, of_examples=True),
+        Score(PRECISION_AT_1, {}, of_examples=True),
     )
 }
+
+
+def shown(name: str, value: float) -> float:
+    """A score (or a difference of two) as it is printed: fractions in percent, others as they are."""
+    return 100 * value if score_named(name).is_fraction else value
+
+
+def printed(name: str, value: float) -> str:
+    """The same as text."""
+    return f"{shown(name, value):.2f}{' %' if score_named(name).is_fraction else ''}"
+
+
+def unit(name: str) -> str:
+    """What stands behind the name of the score in a heading."""
+    return f"{name} %" if score_named(name).is_fraction else name
 
 
 def score_named(name: str) -> Score:

@@ -6,13 +6,47 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...cache.errors import SidebenchError
-from .base import Split, Task
+from .base import AnyTask, PairTask, Split, Task
 from .rows import id_order
 
 Index = NDArray[np.int64]
 
 
-def split(task: Task, seed: int) -> Split:
+def split(task: AnyTask, seed: int) -> Split:
+    """Parts of `task`, of pairs its captions; where it has no classes, its items are split as if of one class."""
+    if isinstance(task, Task):
+        return _of_classes(task, seed)
+    if isinstance(task, PairTask):
+        return _of_pairs(task, seed)
+    return _named(task.uri, np.array(task.parts))
+
+
+def parts_of(task: AnyTask) -> tuple[str, ...] | None:
+    """The parts that a task names itself: of its examples, or of pairs of their items."""
+    return task.item_parts if isinstance(task, PairTask) else task.parts
+
+
+def _of_pairs(task: PairTask, seed: int) -> Split:
+    """The captions of every part's items; what is not named is a tenth of the items, or of those that train."""
+    ids = task.item_ids
+    part = np.array(task.item_parts if task.item_parts is not None else ["train"] * len(ids), dtype="<U5")
+    for name in ("val",) if task.item_parts is not None else ("test", "val"):
+        if name not in part:
+            pool = np.flatnonzero(part == "train").tolist()
+            order = sorted(pool, key=lambda i: id_order(f"split {seed}", ids[i]))
+            part[order[: _held_out(len(ids) if task.item_parts is None else len(pool))]] = name
+    return _named(task.uri, part[task.text.targets])
+
+
+def _named(uri: str, parts: NDArray[np.str_]) -> Split:
+    train, val, test = (np.flatnonzero(parts == part).astype(np.int64) for part in ("train", "val", "test"))
+    for part, index in (("train", train), ("val", val), ("test", test)):
+        if not len(index):
+            raise SidebenchError(f"{uri}: of {len(parts)} examples none is left for {part}; give it more.")
+    return Split(train, val, test)
+
+
+def _of_classes(task: Task, seed: int) -> Split:
     """Parts of `task`; the seed decides only what the task leaves open.
 
     Without parts of its own, each class of n examples gives `_held_out(n)` to test and as many to val, in an order
