@@ -3,29 +3,34 @@
 It imports only what the method needs: a cached run loads neither transformers nor the data.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from ..adapters._base import Batch, Body, CachedMethod, LiveMethod, Method, PrefixMethod, WeightsLoader
+from ..adapters._base import Body, CachedMethod, LiveMethod, Method, PrefixMethod, WeightsLoader
 from ..cache.backbone import Backbone
 from ..cache.block_weights import BackboneWeights, read_weights
-from ..cache.encode import tensors_of
 from ..cache.feed import epoch_order
 from ..cache.form import Form
 from ..cache.home import home
-from ..cache.memory_store import Placed, place, tier_named
+from ..cache.memory_store import Placed, Tier, place, tier_named
+from ..cache.pair import STREAMS
+from ..cache.preprocess import Prepared
 from ..cache.store import Index
-from ..cache.suffix import Suffix, entering_layer
+from ..cache.suffix import entering, restarted
 from ..cache.zarr_store import ZarrStore
-from .learner import CachedSource, Learner, LiveSource, Source
+from .goals.base import Goal, Tower
+from .goals.known import Labels, goal_of, layers_of
+from .learner import CachedSource, LiveSource, Source
 from .measure import Memory
 from .record import Job
-from .tasks.base import Pooling, Task
+from .tasks.base import AnyTask, Pooling
+from .towers import PairSource
 from .training import Settings, optimizer_of, schedule_of
 
 
@@ -33,36 +38,61 @@ from .training import Settings, optimizer_of, schedule_of
 class Shared:
     """What the runs of one interpreter, which differ in shots alone, need not do twice."""
 
-    task: Task | None = None
-    prepared: list[Tensor] | None = None  # the inputs of a live method, by item
+    task: AnyTask | None = None
+    prepared: dict[str, Sequence[Prepared] | None] = field(default_factory=dict)  # by stream: a live method's inputs
     memory: dict[Any, Memory] = field(default_factory=dict)  # by the shapes of the step it was measured on
 
 
 @dataclass(frozen=True)
 class Assembled:
-    """What trains. `fake`: of a method that changes the backbone, the backbone before it, without weights."""
+    """What trains. `names`: of what a test is made of, the examples or of pairs the items; see goals.base.Tested.
 
-    learner: Learner
+    fakes: by stream, of a method that changes the backbone, the backbone before it, without weights.
+    """
+
+    learner: Any  # nn.Module with a `head`, as the goal makes it
     source: Source
-    ids: tuple[str, ...]
+    names: Sequence[str]
     targets: Index
-    fake: Backbone | None = None
+    goal: Goal
+    fakes: Mapping[str, Backbone] = field(default_factory=dict)
     mapped: Sequence[str] = ()  # how pre-trained modules of other size were taken up
 
     @property
     def form(self) -> Form:
         """How the activations are kept that it reads."""
-        if isinstance(self.source, CachedSource) and isinstance(self.source.store, ZarrStore):
-            return self.source.store.manifest.form
-        return Form()
+        store = getattr(getattr(self.source, "text", self.source), "store", None)
+        return store.manifest.form if isinstance(store, ZarrStore) else Form()
 
 
-def assemble(job: Job, method: Method, device: torch.device, weights: WeightsLoader, shared: Shared) -> Assembled:
+@dataclass(frozen=True)
+class _Stream:
+    """One stream of the task: all but the method's body, which is built where the generators are seeded."""
+
+    body: Callable[[], Body]
+    prefix_tokens: int
+    source: Source
+    ids: tuple[str, ...]
+    targets: Index
+    backbone: Backbone | None = None  # that the body is to run
+    fake: Backbone | None = None
+
+
+def assemble(
+    job: Job, method: Method, device: torch.device, weights: "Initial", shared: Shared, folder: Path | None = None
+) -> Assembled:
     """The learner of a job, freshly initialised. Seeded here and nowhere else, so all methods draw from the same start.
 
-    Pre-trained modules are put in behind that, so that nothing else differs from the arm that has none.
+    Pre-trained modules are put in behind that, so that nothing else differs from the arm that has none. folder: where
+    what the task says besides targets lies, of one that says something (see goals.known).
     """
-    made = _assembled(job, method, device, weights, shared)
+    goal, labels = goal_of(job, folder)
+    streams = {name: _opened(job, name, method, device, weights, shared) for name in job.streams}
+    with seeded(job.seed):
+        towers = {name: Tower(stream.body(), stream.prefix_tokens, stream.backbone) for name, stream in streams.items()}
+        learner = goal.learner(towers).to(device)
+    fakes = {name: stream.fake for name, stream in streams.items() if stream.fake is not None}
+    made = _joined(learner, streams, goal, labels, fakes)
     if job.init is None:
         return made
     from .pretrained import begin_pretrained
@@ -70,28 +100,38 @@ def assemble(job: Job, method: Method, device: torch.device, weights: WeightsLoa
     return replace(made, mapped=begin_pretrained(job, method, made.learner))
 
 
-def _assembled(job: Job, method: Method, device: torch.device, weights: WeightsLoader, shared: Shared) -> Assembled:
+def _joined(
+    learner: nn.Module, streams: Mapping[str, _Stream], goal: Goal, labels: Labels, fakes: Mapping[str, Backbone]
+) -> Assembled:
+    if len(streams) == 1:
+        (one,) = streams.values()
+        return Assembled(learner, one.source, one.ids, one.targets, goal, fakes)
+    visual, text = (streams[name] for name in STREAMS)
+    source = PairSource(visual.source, text.source, text.targets, labels.get("frames"))
+    names = labels["item_ids"].tolist() if "item_ids" in labels else visual.ids
+    return Assembled(learner, source, names, text.targets, goal, fakes)
+
+
+def _opened(job: Job, stream: str, method: Method, device: torch.device, weights: "Initial", shared: Shared) -> _Stream:
     if isinstance(method, CachedMethod):
-        return _assemble_cached(job, method, device, weights)
+        return _open_cached(job.of(stream), method, device, partial(weights, stream))
     if isinstance(method, PrefixMethod):
-        return _assemble_suffix(job, method, device)
+        return _open_suffix(job.of(stream), method, device)
     assert isinstance(method, LiveMethod)
-    return _assemble_live(job, method, device, shared)
+    return _open_live(job.of(stream), stream, method, device, shared)
 
 
-def _assemble_cached(job: Job, method: CachedMethod, device: torch.device, weights: WeightsLoader) -> Assembled:
+def _open_cached(job: Job, method: CachedMethod, device: torch.device, weights: WeightsLoader) -> _Stream:
     assert job.store is not None
     store = ZarrStore(Path(job.store))
-    layers = method.layers(store.architecture)
+    arch = store.architecture
+    layers = tuple(dict.fromkeys((*layers_of(job.goal), *method.layers(arch))))
     widths = {spec.layer: spec.width for spec in store.manifest.specs}
-    with seeded(job.seed):
-        body = method.build(store.architecture, widths, weights)
-        learner = _learner(job, body, store.architecture.prefix_tokens).to(device)
     source = CachedSource(store, layers, device, store.lengths(), job.views)
-    return Assembled(learner, source, store.ids, store.targets)
+    return _Stream(lambda: method.build(arch, widths, weights), arch.prefix_tokens, source, store.ids, store.targets)
 
 
-def _assemble_suffix(job: Job, method: PrefixMethod, device: torch.device) -> Assembled:
+def _open_suffix(job: Job, method: PrefixMethod, device: torch.device) -> _Stream:
     from ..cache.configs import without_weights
 
     assert job.store is not None
@@ -99,32 +139,29 @@ def _assemble_suffix(job: Job, method: PrefixMethod, device: torch.device) -> As
     first = method.first_block(store.architecture)
     backbone = backbone_of(job, torch.device("cpu"))  # whole on the host alone: the device sees the kept blocks
     fake = without_weights(backbone)
-    suffix = Suffix(backbone, first)
+    suffix = restarted(backbone, first)
     suffix.module.to(device)
-    with seeded(job.seed):
-        learner = _learner(job, method.build(suffix), suffix.arch.prefix_tokens).to(device)
     layers = method.layers(store.architecture)
-    source = CachedSource(store, layers, device, store.lengths(), job.views, entering_layer(first))
-    return Assembled(learner, source, store.ids, store.targets, fake)
+    source = CachedSource(store, layers, device, store.lengths(), job.views, entering(suffix.arch, first))
+    return _Stream(
+        lambda: method.build(suffix), suffix.arch.prefix_tokens, source, store.ids, store.targets, backbone, fake
+    )
 
 
-def _assemble_live(job: Job, method: LiveMethod, device: torch.device, shared: Shared) -> Assembled:
+def _open_live(job: Job, stream: str, method: LiveMethod, device: torch.device, shared: Shared) -> _Stream:
     from ..cache.configs import without_weights
-    from .tasks.load import load_task
+    from .tasks.load import load_any
 
     backbone = backbone_of(job, device)
-    task = shared.task = shared.task or load_task(job.task, home=home(), limit=job.limit, say=lambda _: None)
+    task = shared.task = shared.task or load_any(job.task, home=home(), limit=job.limit, say=lambda _: None)
+    examples = task.streams[stream]
     fake = without_weights(backbone)
-    source = LiveSource(backbone, task, views=job.views, view_seed=job.view_seed, prepared=shared.prepared)
-    shared.prepared = source.prepared
-    with seeded(job.seed):
-        learner = _learner(job, method.network(backbone), backbone.arch.prefix_tokens).to(device)
-    return Assembled(learner, source, task.examples.ids, task.examples.targets, fake)
-
-
-def _learner(job: Job, body: Body, prefix_tokens: int) -> Learner:
-    pooling: Pooling = "cls" if job.pooling == "cls" else "mean"
-    return Learner(body, job.num_outputs, pooling, prefix_tokens)
+    source = LiveSource(
+        backbone, examples, views=job.views, view_seed=job.view_seed, prepared=shared.prepared.get(stream)
+    )
+    shared.prepared[stream] = source.prepared
+    prefix, ids, targets = backbone.arch.prefix_tokens, examples.ids, examples.targets
+    return _Stream(lambda: method.network(backbone), prefix, source, ids, targets, backbone, fake)
 
 
 def placed(source: Source, job: Job, device: torch.device) -> tuple[Source, Placed | None]:
@@ -132,26 +169,30 @@ def placed(source: Source, job: Job, device: torch.device) -> tuple[Source, Plac
 
     After memory was measured: a cache that is held in memory is there for speed and is named apart from the peak.
     """
+    if isinstance(source, PairSource):
+        visual, images = placed(source.visual, job, device)
+        text, texts = placed(source.text, job, device)
+        return replace(source, visual=visual, text=text), _both(images, texts)
     if not isinstance(source, CachedSource) or not isinstance(source.store, ZarrStore):
         return source, None
     found = place(source.store, source.layers, tier_named(job.tier), device)
     return replace(source, store=found.store), found
 
 
+def _both(images: Placed | None, texts: Placed | None) -> Placed | None:
+    """Where the two are, as one: where the slower of them is read from."""
+    if images is None or texts is None:
+        return None
+    order: tuple[Tier, ...] = ("disk", "ram", "device")
+    slower = min((images, texts), key=lambda one: order.index(one.tier))
+    why = images.why if images.why == texts.why else f"images: {images.why}; texts: {texts.why}"
+    return Placed(slower.store, slower.tier, images.resident_bytes + texts.resident_bytes, why)
+
+
 def settings_of(job: Job, method: Method, lr: float, examples: int) -> Settings:
     """How a job trains on so many examples."""
     chosen, decay = (optimizer_of(method), *schedule_of(method)), method.config.weight_decay
     return Settings(job.seed, job.epochs_of(examples), job.batch_size, lr, decay, job.precision, job.score, *chosen)
-
-
-def shapes_of(batch: Batch) -> Any:
-    """What the memory of a step on this batch depends on; a mask that hides nothing may be dropped by the network."""
-    activations = tuple(
-        (layer, tuple(tuple(tensor.shape) for tensor in tensors_of(stored)))
-        for layer, stored in batch.activations.items()
-    )
-    inputs = tuple((name, tuple(value.shape)) for name, value in batch.inputs.items())
-    return tuple(batch.mask.shape), bool(batch.mask.all()), activations, inputs
 
 
 def backbone_of(job: Job, device: torch.device) -> Backbone:
@@ -170,10 +211,10 @@ class Initial:
         self._examples = method.gradient_examples if isinstance(method, CachedMethod) else 0
         self.facts: dict[str, Any] = {}
 
-    def __call__(self) -> BackboneWeights:
+    def __call__(self, stream: str = "") -> BackboneWeights:
         """The weights, and of a method that asks for it how much each of them matters."""
         if not self._examples:
-            return read_weights(backbone_of(self._job, torch.device("cpu")))  # which is gone when this returns
+            return read_weights(backbone_of(self._job.of(stream), torch.device("cpu")))  # gone when this returns
         from .importance import squared_gradients
         from .tasks.load import load_task
 
@@ -184,7 +225,9 @@ class Initial:
         order = epoch_order(self._train, seed=job.seed, epoch=0)[: self._examples]
         pooling: Pooling = "cls" if job.pooling == "cls" else "mean"
         with seeded(job.seed):
-            found = squared_gradients(backbone, LiveSource(backbone, task), targets, order, job.num_outputs, pooling)
+            found = squared_gradients(
+                backbone, LiveSource(backbone, task.examples), targets, order, job.num_outputs, pooling
+            )
         self.facts = {"initialisation": found.facts()}
         self._tell("initialisation", **found.facts())
         return found.weights

@@ -35,12 +35,13 @@ def run(job: dict[str, Any]) -> None:
     from ..cache.fill import compute, stored_channels
     from ..cache.planning import CaptureOptions
     from ..cache.writer import StoreWriter
-    from .prepare import Inputs, plan_store, prepare
+    from .prepare import Inputs, only_tower, plan_store, prepare
 
     torch.set_num_threads(job["threads"])
     cache_dir = Path(job["cache_dir"])
     prepared = prepare(Inputs(**job["inputs"]), home=Path(job["home"]), cache_dir=cache_dir, say=lambda _: None)
-    planned = plan_store(prepared, CaptureOptions(**{**job["capture"], "layers": tuple(job["capture"]["layers"])}))
+    capture = CaptureOptions(**{**job["capture"], "layers": tuple(job["capture"]["layers"])})
+    planned = plan_store(only_tower(prepared), capture)
     if planned.manifest.digest != job["digest"]:
         raise SidebenchError("the backbone or the task changed while the build began; run the same command again.")
     writer = StoreWriter(cache_dir / planned.manifest.folder_name, planned.manifest, only=job["share"])

@@ -18,7 +18,7 @@ import torch
 from ..cache.errors import SidebenchError
 from ..cache.planning import Plan, options_of
 from ..cache.shares import Chunks
-from .prepare import Prepared
+from .prepare import Tower
 
 COMMAND = (sys.executable, "-P", "-m", f"{__package__}.build_worker")
 _RESUME = "What is written is kept: run the same command again to resume."
@@ -29,7 +29,7 @@ class LocalWorkers:
     """Workers on this machine; see cache.build.Workers."""
 
     count: int
-    prepared: Prepared
+    tower: Tower
     planned: Plan
     home: Path
 
@@ -48,11 +48,11 @@ class LocalWorkers:
     def _job(self, share: Chunks) -> dict[str, Any]:
         """Everything a worker needs, as plain JSON."""
         manifest = self.planned.manifest
-        device = str(self.prepared.network.device)
+        device = str(self.tower.network.device)
         return {
-            "inputs": asdict(replace(self.prepared.inputs, device=device)),
+            "inputs": asdict(replace(self.tower.inputs, device=device)),
             "home": str(self.home),
-            "cache_dir": str(self.prepared.cache_dir),
+            "cache_dir": str(self.tower.cache_dir),
             "capture": asdict(options_of(manifest)),
             "digest": manifest.digest,
             # A matrix product may be summed in another order by another number of threads.

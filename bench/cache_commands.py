@@ -1,8 +1,9 @@
 """`bench cache …`: build, list, check, take out, bring in and remove activation caches."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,6 +35,9 @@ from .options import (
     show,
 )
 
+if TYPE_CHECKING:
+    from ..cache.build import BuildResult
+
 cache_app = typer.Typer(help="Build, list, check and remove activation caches.", **PLAIN)
 
 
@@ -63,7 +67,6 @@ def cache_build(
 ) -> None:
     """Run the frozen backbone once over a task and keep its activations; finds or resumes an earlier build."""
     from ..cache.build import CaptureOptions
-    from ..cache.catalog import read_notes
     from ..cache.home import home
     from .build_workers import LocalWorkers
     from .prepare import Inputs, build_store, plan_store, prepare
@@ -73,15 +76,27 @@ def cache_build(
     with displayed(quiet) as display:
         prepared = prepare(inputs, home=home(), cache_dir=caches(cache_dir), say=display.say)
         sizes = split(prepared.task, split_seed).sizes()
+        where = home()
         capture = CaptureOptions(names_of(layers), dtype, batch_size, tokens, per_channel, compression, views, seed)
-        planned = plan_store(prepared, capture)
-        local = LocalWorkers(workers, prepared, planned, home())
-        result = build_store(prepared, planned, progress=display.examples, say=display.say, workers=local)
-    document = {
+        planned = {name: plan_store(tower, capture) for name, tower in prepared.towers.items()}
+        built = {}
+        for name, tower in prepared.towers.items():
+            local = LocalWorkers(workers, tower, planned[name], where)
+            built[name] = build_store(tower, planned[name], progress=display.examples, say=display.say, workers=local)
+    found = {name: _built(result) for name, result in built.items()}
+    document: dict[str, Any] = {**found[""], "examples": sizes} if "" in found else _together(found, sizes)
+    lines = [f"{one['status']}{_took(one)}: {one['path']} ({one['bytes']:,} bytes)" for one in found.values()]
+    show(document, as_json, "\n".join(lines))
+
+
+def _built(result: "BuildResult") -> dict[str, Any]:
+    """What `--json` says of a store."""
+    from ..cache.catalog import read_notes
+
+    return {
         "status": result.status,
         "digest": result.manifest.digest,
         "path": str(result.folder),
-        "examples": sizes,
         "layers": list(result.manifest.layers),
         "bytes": result.bytes,
         "forward_seconds": result.forward_seconds,
@@ -90,8 +105,19 @@ def cache_build(
         "resumed_chunks": result.resumed_chunks,
         "relative_errors": read_notes(result.folder).get("relative_errors") or {},
     }
-    took = "" if result.build_seconds is None else f" in {result.build_seconds:.1f} s"
-    show(document, as_json, f"{result.status}{took}: {result.folder} ({result.bytes:,} bytes)")
+
+
+def _together(found: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """What it says of the stores of several streams: each, and their sums. `status`: of the one that took most work."""
+    sums = ("bytes", "forward_seconds", "write_seconds", "build_seconds", "resumed_chunks")
+    known = {key: [one[key] for one in found.values()] for key in sums}
+    status = min((one["status"] for one in found.values()), key=("resumed", "built", "exists").index)
+    totals = {key: None if None in values else sum(values) for key, values in known.items()}
+    return {"status": status, "examples": dict(sizes), **totals, "streams": dict(found)}
+
+
+def _took(one: Mapping[str, Any]) -> str:
+    return "" if one["build_seconds"] is None else f" in {one['build_seconds']:.1f} s"
 
 
 @cache_app.command("ls")

@@ -51,6 +51,8 @@ def refusal(method: Method, arch: Architecture, form: Form) -> str | None:
     """
     if arch.decoder_blocks and not method.two_stacks:
         return f"it is made for one stack of blocks, {arch.name} has two; without ?tower=both it is the encoder alone"
+    if arch.projected_from and not method.projected:
+        return f"it reads the tokens of the final layer, and {arch.name} ends in one embedding; leave ?projected out"
     if isinstance(method, LiveMethod):
         return method.refusal(arch)
     if isinstance(method, PrefixMethod):

@@ -5,22 +5,24 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..adapters._base import LiveMethod, Method, PrefixMethod
+import numpy as np
+
+from ..adapters._base import CachedMethod, FittedMethod, LiveMethod, Method, PrefixMethod
 from ..adapters._registry import Named
 from ..cache.build import BuildResult, CaptureOptions, Plan
 from ..cache.catalog import read_notes
 from ..cache.errors import SidebenchError
-from ..cache.form import Form
 from ..cache.manifest import Manifest, missing_layers
 from ..cache.views import DESCRIPTION
 from .choice import chosen_methods, family_options, layers_read, refusal
+from .goals.known import Labels, goal_facts, labels_of, layers_of, write_labels
 from .jobs import LR_SHOTS, compared_job, data_facts, folder_name, learning_rates
 from .launch import Listener, chosen_lr, failed, run_all
 from .outcome import Outcome, Request, Runs
-from .prepare import Prepared, plan_store, prepare, store_for
+from .prepare import Prepared, Tower, plan_store, prepare, store_for
 from .pretrained import initialisations
 from .record import Job, split_name, write_split
-from .tasks.base import Split, Task
+from .tasks.base import AnswerTask, AnyTask, BoxTask, PairTask, Split, Task
 from .tasks.few_shot import few_shot
 from .tasks.load import family_of
 from .tasks.split import split as split_task
@@ -47,40 +49,50 @@ def compare(
     configured = {n.text: method for n, method in asked}
     rates = {name: learning_rates(request.lr, method) for name, method in configured.items()}
     prepared = prepare(request.inputs, home=home, cache_dir=cache_dir, say=listener.say)
-    parts = split_task(prepared.task, request.split_seed)
-    planned = None if prepared.imported else plan_store(prepared, request.capture)
-    source = planned or prepared.imported
-    assert source is not None
-    check_pooling(prepared, source.manifest)
-    chosen, skipped = _accepted(configured, prepared, source.manifest.form, by_name=request.methods)
-    initial = initialisations(
-        {n: method for n, method in asked if n.text in chosen},
-        prepared.task,
-        parts,
-        source.manifest,
-        mappings=request.map_init,
-        allow_overlap=request.allow_overlap,
-        say=listener.say,
-    )
-    facts = data_facts(source.manifest, prepared.task)
+    task, towers = prepared.task, prepared.towers
+    _check_offered(request, named, task)
+    parts = split_task(task, request.split_seed)
+    planned = {name: plan_store(tower, request.capture) for name, tower in towers.items() if tower.imported is None}
+    manifests = {name: _source(tower, planned.get(name)).manifest for name, tower in towers.items()}
+    for manifest in manifests.values():
+        check_pooling(task, manifest)
+    chosen, skipped = _accepted(configured, prepared, manifests, by_name=request.methods)
+    initial = {}
+    if isinstance(task, Task):
+        initial = initialisations(
+            {n: method for n, method in asked if n.text in chosen},
+            task,
+            parts,
+            manifests[""],
+            mappings=request.map_init,
+            allow_overlap=request.allow_overlap,
+            say=listener.say,
+        )
+    goal = goal_facts(task, {name: tower.arch for name, tower in towers.items()})
+    labels = labels_of(task, {name: tower.backbone for name, tower in towers.items() if tower.backbone is not None})
+    facts = data_facts(manifests, task, labels, goal)
     folder = runs_dir / folder_name(request, facts)
-    drawn = _few_shots(request, prepared.task, parts, choosing=any(len(tried) > 1 for tried in rates.values()))
-    _begin_folder(folder, {split_name(None, 0): parts, **{split_name(*key): found for key, found in drawn.items()}})
-    built = _store(request, prepared, planned, chosen, listener)
-    jobs = {n: compared_job(request, n, rates[n.text], prepared.task, facts, built) for n in named if n.text in chosen}
+    drawn = _few_shots(request, task, parts, choosing=any(len(tried) > 1 for tried in rates.values()))
+    splits = {split_name(None, 0): parts, **{split_name(*key): found for key, found in drawn.items()}}
+    _begin_folder(folder, splits, labels)
+    built = _stores(request, prepared, planned, chosen, goal, listener)
+    jobs = {n: compared_job(request, n, rates[n.text], task, facts, built, goal) for n in named if n.text in chosen}
     jobs = {n: replace(job, init=initial.get(n.text)) for n, job in jobs.items()}
-    score_name = prepared.task.score_name
-    view = DESCRIPTION[prepared.task.examples.modality] if request.capture.views else ""
-    del prepared, planned  # the workers load what they need; this process need not hold a backbone meanwhile
+    score_name, sizes = task.score_name, parts.sizes()
+    if isinstance(task, PairTask):
+        sizes["test_items"] = len(np.unique(task.text.targets[parts.test]))
+    view = DESCRIPTION[next(iter(task.streams.values())).modality] if request.capture.views else ""
+    # The workers load what they need; this process need not hold a backbone meanwhile.
+    del prepared, planned, towers, task
     runs = [found for job in jobs.values() for found in _run(request, job, folder, listener)]
     return Outcome(
         request,
         folder,
         runs,
         skipped,
-        parts.sizes(),
+        sizes,
         score_name,
-        None if built is None else _store_facts(built),
+        _cache_facts(built),
         view,
         family_options(list(jobs), request.settings, family, lr_typed=request.lr not in (None, "auto")),
         {shots: found.sizes() for (shots, _), found in drawn.items() if shots in request.shots},
@@ -93,10 +105,25 @@ def _twins(named: Sequence[Named]) -> dict[str, str]:
     return {n.text: n.twin for n in named if n.twin is not None and n.twin in texts}
 
 
-def _few_shots(request: Request, task: Task, parts: Split, *, choosing: bool) -> dict[tuple[int, int], Split]:
+def _check_offered(request: Request, named: Sequence[Named], task: AnyTask) -> None:
+    """Raise SidebenchError for what is offered for tasks with classes and asked for of another."""
+    if isinstance(task, Task):
+        return
+    starts = [n.text for n in named if n.init is not None]
+    for asked, what in (
+        (bool(request.shots), "--shots draws examples of each class"),
+        (bool(starts), f"{', '.join(starts)}: modules are pre-trained for classes"),
+        (bool(request.capture.views), "--views augments examples that have a class"),
+    ):
+        if asked:
+            raise SidebenchError(f"{what}, and {task.uri} has none; leave it out.")
+
+
+def _few_shots(request: Request, task: AnyTask, parts: Split, *, choosing: bool) -> dict[tuple[int, int], Split]:
     """The parts of each (shots, seed), and of what learning rates are chosen on, where any are."""
     if not request.shots:
         return {}
+    assert isinstance(task, Task)  # see _check_offered
     wanted = [(shots, seed) for shots in request.shots for seed in request.seeds]
     found = {key: few_shot(task, parts, *key) for key in wanted}
     if choosing and (key := (LR_SHOTS, request.seeds[0])) not in found:
@@ -128,75 +155,124 @@ def _run(request: Request, job: Job, folder: Path, listener: Listener) -> list[R
     ]
 
 
-def check_pooling(prepared: Prepared, manifest: Manifest) -> None:
-    """Raise SidebenchError where the form keeps no token that the task pools."""
-    if prepared.task.pooling == "cls" and manifest.form.tokens == "mean":
-        raise SidebenchError(f"{prepared.task.uri} pools the class token, which --tokens mean drops; type cls+mean.")
+def check_pooling(task: AnyTask, manifest: Manifest) -> None:
+    """Raise SidebenchError where the form does not keep the tokens that the task's head reads."""
+    tokens = manifest.form.tokens
+    if isinstance(task, BoxTask) and tokens != "all":
+        raise SidebenchError(
+            f"{task.uri} reads every token of text and queries, and --tokens {tokens} does not keep it."
+        )
+    if isinstance(task, AnswerTask) and tokens != "all" and not tokens.startswith(("cls", "first:")):
+        raise SidebenchError(f"{task.uri} reads the first token, which --tokens {tokens} does not keep as it is.")
+    if getattr(task, "pooling", None) == "cls" and manifest.form.tokens == "mean":
+        raise SidebenchError(f"{task.uri} pools the class token, which --tokens mean drops; type cls+mean.")
+
+
+def _source(tower: Tower, planned: Plan | None) -> Plan | BuildResult:
+    found = planned or tower.imported
+    assert found is not None
+    return found
 
 
 def _accepted(
-    configured: Mapping[str, Method], prepared: Prepared, form: Form, *, by_name: Sequence[str]
+    configured: Mapping[str, Method],
+    prepared: Prepared,
+    manifests: Mapping[str, Manifest],
+    *,
+    by_name: Sequence[str],
 ) -> tuple[dict[str, Method], dict[str, str]]:
     """Methods that can run and why the others cannot; one asked for by its name, not by "all", must."""
-    arch = prepared.arch
-
-    def reason(method: Method) -> str | None:
-        if isinstance(method, LiveMethod | PrefixMethod) and prepared.backbone is None:
-            return _NO_NETWORK
-        return refusal(method, arch, form)
-
-    reasons = {name: reason(method) for name, method in configured.items()}
+    reasons = {name: _reason(method, prepared, manifests) for name, method in configured.items()}
     skipped = {name: why for name, why in reasons.items() if why is not None}
     for name, why in skipped.items():
         if name in by_name:
-            raise SidebenchError(f"{name} cannot run on {arch.name}: {why}.")
+            raise SidebenchError(f"{name} cannot run on {prepared.names}: {why}.")
     return {name: m for name, m in configured.items() if name not in skipped}, skipped
 
 
-def _store(
-    request: Request, prepared: Prepared, planned: Plan | None, methods: Mapping[str, Method], listener: Listener
-) -> BuildResult | None:
-    """The store that the cached methods of this comparison read; None when there are none."""
-    wanted = layers_read(methods.values(), prepared.arch)
-    if not wanted:
-        return None
-    if planned is None:
-        return _imported(request, prepared, wanted)
-    return store_for(
-        prepared,
-        planned,
-        wanted,
-        may_build=request.may_build,
-        progress=listener.build_progress,
-        say=listener.say,
-    )
+def _reason(method: Method, prepared: Prepared, manifests: Mapping[str, Manifest]) -> str | None:
+    """Why a method cannot run; None when it can."""
+    if not isinstance(prepared.task, Task):
+        if isinstance(method, FittedMethod):
+            return "it is solved for classes, and this task has none"
+        if isinstance(method, CachedMethod) and method.gradient_examples:
+            return "it weighs the backbone's weights by a loss over classes, and this task has none"
+    for name, tower in prepared.towers.items():
+        if isinstance(method, LiveMethod | PrefixMethod) and tower.backbone is None:
+            return _NO_NETWORK
+        if why := refusal(method, tower.arch, manifests[name].form):
+            return f"for the {name}s {why}" if name else why
+    return None
 
 
-def _imported(request: Request, prepared: Prepared, wanted: Sequence[str]) -> BuildResult:
+def _stores(
+    request: Request,
+    prepared: Prepared,
+    planned: Mapping[str, Plan],
+    methods: Mapping[str, Method],
+    goal: Mapping[str, Any] | None,
+    listener: Listener,
+) -> dict[str, BuildResult]:
+    """The stores that the cached methods of this comparison read, by stream; none when there are no such methods."""
+    found = {}
+    for name, tower in prepared.towers.items():
+        wanted = layers_read(methods.values(), tower.arch)
+        if not wanted:
+            continue
+        wanted = tuple(dict.fromkeys((*layers_of(goal), *wanted)))
+        if name not in planned:
+            found[name] = _imported(request, tower, wanted)
+            continue
+        found[name] = store_for(
+            tower,
+            planned[name],
+            wanted,
+            may_build=request.may_build,
+            progress=listener.build_progress,
+            say=listener.say,
+        )
+    return found
+
+
+def _imported(request: Request, tower: Tower, wanted: Sequence[str]) -> BuildResult:
     """The store of imported features, if it covers what the methods read."""
     if request.capture != CaptureOptions():
         raise SidebenchError(
             "layers, tokens, dtype and views are chosen when features are made (`bench cache import`); leave their "
             "options out here."
         )
-    assert prepared.imported is not None
-    manifest = prepared.imported.manifest
+    assert tower.imported is not None
+    manifest = tower.imported.manifest
     if lacking := missing_layers(wanted, manifest):
         raise SidebenchError(
-            f"{prepared.inputs.backbone} holds {', '.join(manifest.layers)}, the methods also read "
+            f"{tower.inputs.backbone} holds {', '.join(manifest.layers)}, the methods also read "
             f"{', '.join(lacking)}; import more layers, or leave the method out."
         )
-    return prepared.imported
+    return tower.imported
 
 
-def _begin_folder(folder: Path, splits: Mapping[str, Split]) -> None:
+def _begin_folder(folder: Path, splits: Mapping[str, Split], labels: Labels) -> None:
     """Before anything long: a folder that cannot be written is found out now."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, parts in splits.items():
             write_split(folder / name, parts)
+        write_labels(folder, labels)
     except OSError as error:
         raise SidebenchError(f"cannot write to {folder}: {error.strerror}. Choose another with --runs-dir.") from error
+
+
+def _cache_facts(built: Mapping[str, BuildResult]) -> dict[str, Any] | None:
+    """What the report says of the caches: of several streams each one's, and what they take together."""
+    facts = {name: _store_facts(found) for name, found in built.items()}
+    if set(facts) <= {""}:
+        return facts.get("")
+    seconds = [one["build_seconds"] for one in facts.values()]
+    return {
+        "bytes": sum(one["bytes"] for one in facts.values()),
+        "build_seconds": sum(seconds) if all(isinstance(found, int | float) for found in seconds) else None,
+        "streams": facts,
+    }
 
 
 def _store_facts(built: BuildResult) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ..adapters._base import Batch
 from ..cache.feed import batches_of
 from ..cache.store import Index
-from .learner import Learner, Source
+from .learner import Source
 from .training import Settings, autocast
 
 PROJECTION = 128  # how wide the projection is
@@ -34,13 +34,13 @@ class Contrastive:
         second = (first + draw.integers(1, views, examples)) % views
         return np.concatenate([index + examples * (1 + view[index]) for view in (first, second)])
 
-    def loss(self, learner: Learner, batch: Batch, targets: Tensor, precision: str) -> Tensor:
+    def loss(self, learner: nn.Module, batch: Batch, targets: Tensor, precision: str, epoch: int = 0) -> Tensor:
         """The mean over all views of a batch; no label is looked at."""
         with autocast(targets.device, precision):
             projected = learner(batch)
         return nt_xent(projected.float(), self.temperature)
 
-    def score(self, learner: Learner, source: Source, targets: Tensor, index: Index, settings: Settings) -> float:
+    def score(self, learner: nn.Module, source: Source, targets: Tensor, index: Index, settings: Settings) -> float:
         """The larger the better."""
         learner.eval()
         batches = batches_of(index, settings.batch_size)

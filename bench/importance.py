@@ -94,7 +94,8 @@ def predicted_peak(backbone: Backbone, step: Step) -> int:
     mode = fake_mode(backbone)
     assert mode is not None
     with mode:
-        batch, label = batch_for(FullFineTuning(), backbone, replace(step, batch_size=1))
+        batch = batch_for(FullFineTuning(), backbone, replace(step, batch_size=1))
+        label = step.aim.blank_targets(1)
         learner = Learner(BackboneBody(backbone), step.num_outputs, step.pooling, backbone.arch.prefix_tokens).eval()
         features = torch.zeros(1, backbone.arch.width, dtype=torch.float64)
         learner.head = Probe(features, step.num_outputs).requires_grad_(False)

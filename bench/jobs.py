@@ -2,7 +2,7 @@
 
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,17 @@ from ..adapters._registry import Named
 from ..cache.build import BuildResult, CaptureOptions
 from ..cache.errors import SidebenchError
 from ..cache.manifest import Manifest, canonical_json
+from ..cache.pair import is_pair, towers_of
+from .goals.known import Labels, labels_sha256
 from .outcome import Request
 from .prepare import Inputs, resolve_device
 from .record import Job
-from .tasks.base import Task
+from .tasks.base import AnyTask
 from .tasks.load import family_of
+from .tasks.split import parts_of
 
+Stores = Mapping[str, BuildResult]
+"""By stream of the task; none where no method reads one."""
 LR_SHOTS = 4  # the learning rate of all shots is chosen once, at so many and the first seed
 AUTO_FACTORS = (0.3, 1.0, 3.0)  # --lr auto: the method's own default and its neighbours, equally many for every method
 
@@ -27,12 +32,13 @@ def job_of(
     named: Named,
     settings: Mapping[str, Mapping[str, str]],
     inputs: Inputs,
-    task: Task,
+    task: AnyTask,
     capture: CaptureOptions,
-    built: BuildResult | None,
+    built: Stores,
     **protocol: Any,
 ) -> Job:
     """A method on a backbone and a task; `protocol`: the other fields, how it trains and for what."""
+    stores = {} if named.kind == "live" else {name: str(found.folder.absolute()) for name, found in built.items()}
     return Job(
         method=named.text,
         settings=dict(settings.get(named.key, {})),
@@ -43,13 +49,14 @@ def job_of(
         max_length=inputs.max_length,
         limit=inputs.limit,
         device=str(resolve_device(inputs.device, lambda _: None)),
-        num_outputs=task.num_outputs,
-        pooling=task.pooling,
-        store=None if built is None or named.kind == "live" else str(built.folder.absolute()),
+        num_outputs=getattr(task, "num_outputs", 0),
+        pooling=getattr(task, "pooling", "none"),
+        store=stores.pop("", None),
+        stores=stores,
         views=capture.views,
         view_seed=capture.form().seed if capture.views else None,
         score=task.score_name,
-        values=task.values or (),
+        values=getattr(task, "values", None) or (),
         family=family_of(inputs.task),
         **protocol,
     )
@@ -59,14 +66,15 @@ def compared_job(
     request: Request,
     named: Named,
     lrs: tuple[float, ...],
-    task: Task,
+    task: AnyTask,
     facts: Mapping[str, str],
-    built: BuildResult | None,
+    built: Stores,
+    goal: Mapping[str, Any] | None = None,
 ) -> Job:
     """A method's job in a comparison, of the first seed. `facts`: see `data_facts`."""
     data = {**facts, "method": code_sha256(named), "sidebench": __version__}
-    if built is not None and named.kind != "live":
-        data["store"] = built.manifest.digest
+    if named.kind != "live":
+        data |= {_of_stream("store", name): found.manifest.digest for name, found in built.items()}
     return job_of(
         named,
         request.settings,
@@ -83,6 +91,7 @@ def compared_job(
         data=data,
         tier=request.tier,
         steps=request.steps,
+        goal=goal,
     )
 
 
@@ -117,20 +126,35 @@ def _typed_rates(text: str) -> tuple[float, ...]:
     return rates
 
 
-def data_facts(manifest: Manifest, task: Task) -> dict[str, str]:
+def data_facts(
+    manifests: Mapping[str, Manifest], task: AnyTask, labels: Labels, goal: Mapping[str, Any] | None
+) -> dict[str, str]:
     """Hashes of what the runs are about, so that a record is reused only for the same data and weights."""
-    backbone = manifest.backbone
-    own_parts = {} if task.parts is None else {"parts": parts_sha256(task)}  # the content's hash knows none of them
-    return own_parts | {
-        "dataset": str(manifest.dataset["sha256"]),
-        "weights": str(backbone.get("weights_sha256") or backbone.get("features_sha256")),
-        "preprocessing": hashlib.sha256(canonical_json(manifest.preprocessing).encode()).hexdigest(),
-    }
+    facts: dict[str, str] = {}
+    for name, manifest in manifests.items():
+        backbone = manifest.backbone
+        found = {
+            "dataset": str(manifest.dataset["sha256"]),
+            "weights": str(backbone.get("weights_sha256") or backbone.get("features_sha256")),
+            "preprocessing": hashlib.sha256(canonical_json(manifest.preprocessing).encode()).hexdigest(),
+        }
+        facts |= {_of_stream(key, name): value for key, value in found.items()}
+    if (parts := parts_of(task)) is not None:
+        facts["parts"] = parts_sha256(parts)  # the content's hash knows none of them
+    if labels:
+        facts["labels"] = labels_sha256(labels)
+    if goal is not None:
+        facts["goal"] = hashlib.sha256(canonical_json(goal).encode()).hexdigest()
+    return facts
 
 
-def parts_sha256(task: Task) -> str:
+def _of_stream(key: str, stream: str) -> str:
+    return f"{stream}_{key}" if stream else key
+
+
+def parts_sha256(parts: Sequence[str]) -> str:
     """Hash of the parts that a task names itself."""
-    return hashlib.sha256(canonical_json(list(task.parts or ())).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(list(parts)).encode()).hexdigest()
 
 
 def folder_name(request: Request, facts: Mapping[str, str]) -> str:
@@ -150,7 +174,9 @@ def folder_name(request: Request, facts: Mapping[str, str]) -> str:
     if request.capture.views:
         about["views"] = [request.capture.views, request.capture.seed]
     digest = hashlib.sha256(canonical_json(about).encode()).hexdigest()[:8]
-    return f"{_slug(request.inputs.backbone)}-{_slug(request.inputs.task)}-{digest}"
+    backbone = request.inputs.backbone
+    towers = towers_of(backbone).values() if is_pair(backbone) else [backbone]
+    return "-".join([*map(_slug, (*towers, request.inputs.task)), digest])
 
 
 def _slug(uri: str) -> str:

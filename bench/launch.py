@@ -85,7 +85,8 @@ def _finished(path: Path) -> RunRecord | None:
         return None
     try:
         record = read_record(path)
-        read_predictions(path.with_suffix(".npz"))
+        kept = ("contributions", "ids") if record.asked.get("goal") else ("logits", "targets")
+        read_predictions(path.with_suffix(".npz"), kept)
     except SidebenchError:
         return None
     return record if record.error is None and record.measured is not None else None

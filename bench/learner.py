@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from ..adapters._base import Batch, Body
 from ..cache.backbone import Backbone
+from ..cache.examples import Examples
 from ..cache.feed import activation_batches, ahead
+from ..cache.joint import JointPreprocess
 from ..cache.pooling import masked_mean, pooling_mask
+from ..cache.preprocess import Prepared, bytes_of
 from ..cache.store import Index, Store
 from ..cache.views import prepare_items
-from .tasks.base import Pooling, Task
+from .tasks.base import Pooling
 
 _PREPARED_IN_RAM_BYTES = 2 * 2**30  # inputs of live methods are prepared once when they fit into this
 
@@ -22,16 +25,21 @@ _PREPARED_IN_RAM_BYTES = 2 * 2**30  # inputs of live methods are prepared once w
 class Learner(nn.Module):
     """Body, the task's pooling, the task's head. The pooling and the head are the same for every method."""
 
-    def __init__(self, body: Body, num_outputs: int, pooling: Pooling, prefix_tokens: int) -> None:
+    def __init__(
+        self, body: Body, num_outputs: int, pooling: Pooling, prefix_tokens: int, head: nn.Module | None = None
+    ) -> None:
+        """`head`: another than a linear one; with pooling "none" it takes the tokens and their mask."""
         super().__init__()
         self.body = body
-        self.head: nn.Module = nn.Linear(body.width, num_outputs)
+        self.head: nn.Module = nn.Linear(body.width, num_outputs) if head is None else head
         self.pooling = pooling
         self.prefix_tokens = prefix_tokens
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits (B, K)."""
+        """Outputs (B, K): of a classification logits."""
         out = self.body(batch)
+        if self.pooling == "none":
+            return self.head(out, batch.mask)
         if out.ndim == 3 and self.pooling == "cls":
             out = out[:, 0]
         elif out.ndim == 3:
@@ -40,14 +48,17 @@ class Learner(nn.Module):
 
 
 class Source(Protocol):
-    """Where a run's batches come from. Items beyond the examples are views of them (see cache.views)."""
+    """Where a run's batches come from, of what its learner takes.
+
+    Items beyond the examples are views of them (see cache.views).
+    """
 
     @property
     def views(self) -> int:
         """Augmented views of each example, to be trained on in its place; 0: the example itself."""
         ...
 
-    def batches(self, batches: Sequence[Index]) -> Iterator[Batch]:
+    def batches(self, batches: Sequence[Index]) -> Iterator[Any]:
         """The batches of these items, in order, on the run's device."""
         ...
 
@@ -85,24 +96,24 @@ class LiveSource:
     def __init__(
         self,
         backbone: Backbone,
-        task: Task,
+        examples: Examples,
         *,
         views: int = 0,
         view_seed: int | None = None,
-        prepared: list[Tensor] | None = None,
+        prepared: Sequence[Prepared] | None = None,
     ) -> None:
         """prepared: what another source of the same facts has under that name."""
         self.views = views
         self._view_seed = view_seed
         self._preprocess = backbone.preprocess
-        self._examples = task.examples
-        items = len(task.examples) * (1 + views)
+        self._examples = examples
+        items = len(examples) * (1 + views)
         self.device = backbone.device
         self._tokens = backbone.shapes([backbone.final_layer])[backbone.final_layer][0]  # None: as many as the text's
         self.prepared = prepared  # None: batch by batch
         if prepared is None:
-            fits = self._prepare([0])[0].nbytes * items <= _PREPARED_IN_RAM_BYTES
-            self.prepared = self._prepare(range(items)) if fits or task.examples.modality == "text" else None
+            fits = bytes_of(self._prepare([0])[0]) * items <= _PREPARED_IN_RAM_BYTES
+            self.prepared = self._prepare(range(items)) if fits or examples.modality == "text" else None
 
     def batches(self, batches: Sequence[Index]) -> Iterator[Batch]:
         """See Source."""
@@ -112,11 +123,13 @@ class LiveSource:
 
     def lengths(self) -> Index:
         """See Source."""
+        if isinstance(self._preprocess, JointPreprocess):
+            return self._preprocess.token_counts(self._examples)
         if self.prepared is None or self._examples.modality == "image":
             return np.full(len(self._examples) * (1 + self.views), self._tokens or 1, dtype=np.int64)
         return np.array([len(ids) for ids in self.prepared], dtype=np.int64)
 
-    def _prepare(self, indices: Sequence[int]) -> list[Tensor]:
+    def _prepare(self, indices: Sequence[int]) -> Sequence[Prepared]:
         return prepare_items(self._preprocess, self._examples, indices, self._view_seed)
 
     def _collate(self, index: Index) -> tuple[dict[str, Tensor], Tensor]:

@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from .tasks.score import ACCURACY, shown
+
 # What Markdown (with GitHub's tables and formulas) reads as markup; an underscore inside a word is none.
 _SPECIAL = re.compile(r"[\\`*|~$\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 MIB = 2**20
@@ -39,6 +41,6 @@ def mib(count: int | None) -> str:
     return "" if count is None else f"{count / MIB:,.1f}"
 
 
-def interval(ends: Sequence[float] | None) -> str:
-    """Of fractions, in percent."""
-    return "" if ends is None else f"{100 * ends[0]:.2f} to {100 * ends[1]:.2f}"
+def interval(ends: Sequence[float] | None, score_name: str = ACCURACY) -> str:
+    """Of fractions in percent, of other scores as they are."""
+    return "" if ends is None else f"{shown(score_name, ends[0]):.2f} to {shown(score_name, ends[1]):.2f}"

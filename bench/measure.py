@@ -4,16 +4,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapters._base import Batch, FittedMethod
-from ..cache.encode import tensors_of
 from .device_memory import DeviceMemory, DeviceMeter
 from .energy import WHOLE_GPU, joules_per_step
 from .host_memory import HostMeter
-from .learner import Learner
+from .towers import PairBatch
 from .tracker import Tracker, track
-from .training import Settings, load_trained, loss_of, make_optimizer, snapshot
+from .training import SUPERVISED, Objective, Settings, load_trained, make_optimizer, snapshot
 
 STEPS = 2  # the first makes the optimiser's state, the second is the steady state
 
@@ -27,7 +26,12 @@ class Memory:
 
 
 def measure_training(
-    learner: Learner, batch: Batch, targets: Tensor, settings: Settings, device_meter: DeviceMeter
+    learner: nn.Module,
+    batch: Batch | PairBatch,
+    targets: Tensor,
+    settings: Settings,
+    device_meter: DeviceMeter,
+    objective: Objective = SUPERVISED,
 ) -> Memory:
     """Train a few steps on one batch under each meter in turn, then put the parameters back as they were.
 
@@ -40,7 +44,7 @@ def measure_training(
         optimizer = make_optimizer(learner, settings)
 
         def step() -> None:
-            loss_of(learner, batch, targets, settings.precision).backward()
+            objective.loss(learner, batch, targets, settings.precision).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -55,8 +59,8 @@ def measure_training(
         return track(
             learner,
             make_optimizer(learner, settings),
-            [targets, *_tensors(batch)],
-            lambda: loss_of(learner, batch, targets, settings.precision),
+            [targets, *batch.tensors()],
+            lambda: objective.loss(learner, batch, targets, settings.precision),
             steps=STEPS,
         )
 
@@ -134,8 +138,3 @@ def _with_energy(memory: Memory, joules: float | None, why_not: str) -> Memory:
         return Memory({**memory.values, name: None}, {**memory.unavailable, name: why_not})
     remarks = {**memory.values["remarks"], name: WHOLE_GPU}
     return Memory({**memory.values, name: joules, "remarks": remarks}, memory.unavailable)
-
-
-def _tensors(batch: Batch) -> list[Tensor]:
-    stored = [part for layer in batch.activations.values() for part in tensors_of(layer)]
-    return [batch.mask, *batch.masks.values(), *stored, *batch.inputs.values()]

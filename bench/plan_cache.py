@@ -10,24 +10,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..adapters._base import Method
 from ..cache.backbone import Backbone
 from ..cache.errors import SidebenchError
 from ..cache.examples import Examples
 from ..cache.form import Form
+from ..cache.joint import JointPreprocess
 from ..cache.manifest import ActivationSpec, Manifest
 from ..cache.planning import CaptureOptions
 from ..cache.reduction import reduction_of
 from ..cache.writer import StoreWriter
 from ..cache.zarr_store import ZarrStore
 from .choice import layers_read
-from .predict import Step, layer_shapes, text_tokens
+from .predict import Step, example_inputs, layer_shapes, text_tokens
 from .prepare import Say
 from .tasks.base import Pooling
 
 _SAMPLE_BYTES = 64 * 10**6  # enough that opening files does not count
 _TIMINGS = ("write_bytes_per_second", "read_bytes_per_second", "build_seconds", "break_even_passes")
+_NO_WEIGHTS = "an architecture without weights is not run; give hf: or sample:"
 _FORWARD_EXAMPLES = 8
 _FORWARDS, _EPOCHS = 3, 3  # the fastest counts: the first is cold
 
@@ -48,8 +51,11 @@ class Data:
         """The same with the lengths of the texts, if there are texts and a tokenizer."""
         if backbone is None or self.examples is None or self.examples.modality == "image":
             return self
+        if isinstance(backbone.preprocess, JointPreprocess):
+            return replace(self, lengths=tuple(backbone.preprocess.token_counts(self.examples).tolist()))
         prepared = backbone.preprocess.prepare([self.examples.load(i) for i in range(len(self.examples))])
-        return replace(self, lengths=tuple(len(ids) for ids in prepared), token_types=prepared[0].ndim == 2)
+        pairs = isinstance(prepared[0], Tensor) and prepared[0].ndim == 2
+        return replace(self, lengths=tuple(len(ids) for ids in prepared), token_types=pairs)
 
     @property
     def longest(self) -> int | None:
@@ -97,8 +103,13 @@ class CacheFacts:
         return None if kept is None or not self.data.lengths else int(kept.sum()) * (1 + form.views)
 
 
-def cache_facts(about: CacheFacts, real: Backbone | None, cache_dir: Path, say: Say) -> dict[str, Any]:
-    """Bytes of the cache and, where the backbone has weights, what this machine measures; see `bench plan --json`."""
+def cache_facts(
+    about: CacheFacts, real: Backbone | None, cache_dir: Path, say: Say, why: str = _NO_WEIGHTS
+) -> dict[str, Any]:
+    """Bytes of the cache and, where the backbone has weights, what this machine measures; see `bench plan --json`.
+
+    real: the backbone with its weights; None for no measurement, and then `why` there is none.
+    """
     unavailable: dict[str, str] = {}
     facts: dict[str, Any] = {
         "layers": list(about.layers()),
@@ -124,7 +135,6 @@ def cache_facts(about: CacheFacts, real: Backbone | None, cache_dir: Path, say: 
     else:
         facts["bytes"] = about.manifest(about.data.num_examples, about.rows()).stored_bytes
     if real is None:
-        why = "an architecture without weights is not run; give hf: or sample:"
         unavailable |= dict.fromkeys(("forward_seconds_per_example", *_TIMINGS), why)
         return facts
     say("measuring the forward pass and a small store on this machine")
@@ -177,11 +187,10 @@ def break_even(build_seconds: float, live_seconds: float, cached_seconds: float)
 
 def forward_seconds(real: Backbone, about: CacheFacts) -> float:
     """Seconds per example of the frozen forward on a few dummy examples of full size, the fastest of three."""
-    length = text_tokens(real, about.step)
-    inputs = {}
-    for name, one in real.preprocess.dummy(real.device).items():
-        shape = one.shape[1:] if length is None else (length, *one.shape[2:])
-        inputs[name] = torch.ones((_FORWARD_EXAMPLES, *shape), dtype=one.dtype, device=one.device)
+    inputs = {
+        name: torch.ones((_FORWARD_EXAMPLES, *one.shape[1:]), dtype=one.dtype, device=one.device)
+        for name, one in example_inputs(real, text_tokens(real, about.step)).items()
+    }
     layers, fastest = about.layers(), math.inf
     for _ in range(_FORWARDS):
         begun = time.perf_counter()

@@ -4,8 +4,9 @@ The same learner, loss, optimiser and tracker as in `measure`, so under CPU sema
 Under CUDA semantics the figure is what a CUDA run would request; that is a prediction until a GPU confirms it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,24 +16,28 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..adapters._base import Batch, Body, CachedMethod, FittedMethod, LiveMethod, Method, PrefixMethod, trained
+from ..adapters._base import Batch, CachedMethod, FittedMethod, LiveMethod, Method, PrefixMethod, trained
 from ..cache.backbone import Backbone
 from ..cache.block_weights import BackboneWeights, read_weights
 from ..cache.configs import emptied, fake_mode, without_weights
-from ..cache.encode import encode, tensors_of
+from ..cache.encode import encode
 from ..cache.errors import SidebenchError
 from ..cache.form import Form
+from ..cache.joint import JointPreprocess
 from ..cache.load import said
+from ..cache.preprocess import Inputs
 from ..cache.reduction import reduction_of
 from ..cache.store import activations
-from ..cache.suffix import Suffix, entering_layer
+from ..cache.suffix import entering, restarted
 from .allocator import AllocatorPeaks, replay_allocator
 from .cuda_semantics import CudaSemantics, use_foreach
 from .fake_building import building
-from .learner import Learner
+from .goals.base import Goal, Tower
+from .goals.classes import Classes
 from .tasks.base import Pooling
+from .towers import PairBatch
 from .tracker import Event, TrackedPeak, Tracker
-from .training import Settings, loss_of, make_optimizer, optimizer_of
+from .training import Settings, make_optimizer, optimizer_of
 
 _FEW = slice(0, 2)  # rows of the first step
 
@@ -47,9 +52,15 @@ class Step:
     semantics: str = "cuda"  # "cuda" | "cpu"
     attention: str = "auto"  # under CUDA semantics; see CudaSemantics
     form: Form = field(default_factory=Form)  # in which activations are cached
-    max_length: int | None = None  # tokens of the longest text; None: the backbone's preprocessing says
+    max_length: int | None = None  # tokens of the longest example with a text; None: the backbone's preprocessing says
     pooling: Pooling = "mean"
     token_types: bool = False  # pairs of texts, whose backbone is told which is which
+    goal: Goal | None = None  # what the step is for; None: `num_outputs` and `pooling` say it
+
+    @property
+    def aim(self) -> Goal:
+        """What the step is for."""
+        return self.goal or Classes(self.num_outputs, self.pooling)
 
 
 @dataclass(frozen=True)
@@ -78,29 +89,57 @@ def predict(method: Method, backbone: Backbone, step: Step) -> Prediction:
         backbone = without_weights(backbone)  # a method that holds it changes it
     mode = fake_mode(backbone)
     assert mode is not None
+    with _refusing(), mode:
+        batch = batch_for(method, backbone, step)  # first: a live method may lengthen the token sequence
+        return _run(_learner(method, {"": backbone}, step), batch, step, method)
+
+
+def predict_copy(method: CachedMethod, learner: nn.Module, batch: Batch | PairBatch, step: Step) -> Prediction:
+    """The same for a cached method whose learner and batch are at hand: on fake copies, neither is touched."""
+    with _refusing(), FakeTensorMode():
+        return _run(emptied(learner, {}), _emptied(batch), step, method)
+
+
+def predict_again(
+    method: PrefixMethod | LiveMethod, backbones: Mapping[str, Backbone], batch: Batch | PairBatch, step: Step
+) -> Prediction:
+    """The same for a method that changes its backbones, whose batch is at hand; by stream, as they were before it."""
+    return predict_towers(method, backbones, lambda _: _emptied(batch), step)
+
+
+def predict_towers(
+    method: CachedMethod | PrefixMethod | LiveMethod,
+    backbones: Mapping[str, Backbone],
+    batch_of: Callable[[Mapping[str, Backbone]], Batch | PairBatch],
+    step: Step,
+) -> Prediction:
+    """The same of backbones by stream, none of which is touched; `batch_of` is given copies without weights."""
+    with _refusing(), FakeTensorMode():
+        copies = {name: emptied(one, {id(one.preprocess): one.preprocess}) for name, one in backbones.items()}
+        batch = batch_of(copies)  # first: a live method may lengthen the token sequence
+        return _run(_learner(method, copies, step), batch, step, method)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Say in a sentence why a step does not run on fake tensors."""
     try:
-        with mode:
-            batch, targets = batch_for(method, backbone, step)  # first: a live method may lengthen the token sequence
-            learner = _learner(method, backbone, step)
-            return _run(learner, batch, targets, step, method)
+        yield
     except DataDependentOutputException as error:
         raise Unpredictable(f"its memory depends on values ({error.func}), which a prediction does not have") from None
     except (RuntimeError, NotImplementedError) as error:  # whatever a method from outside does that a fake one cannot
         raise Unpredictable(f"its step does not run on fake tensors: {said(error)}") from error
 
 
-def predict_copy(method: CachedMethod, learner: Learner, batch: Batch, step: Step) -> Prediction:
-    """The same for a cached method whose learner and batch are at hand: on fake copies, neither is touched."""
-    shapes = {layer: (stored.shape[1], stored.shape[2]) for layer, stored in batch.activations.items()}
-    with FakeTensorMode():
-        lead = next(layer for layer in shapes if layer not in batch.masks)
-        fake = cached_batch(shapes, len(batch.mask), step.form, lead)
-        targets = blank_targets(len(batch.mask), step.num_outputs)
-        return _run(emptied(learner, {}), fake, targets, step, method)
+def _emptied(batch: Batch | PairBatch) -> Batch | PairBatch:
+    """A copy on fake tensors; needs a FakeTensorMode to be on."""
+    known = {id(t): torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu") for t in batch.tensors()}
+    return copy.deepcopy(batch, known)
 
 
-def _run(learner: Learner, batch: Batch, targets: Tensor, step: Step, method: Method) -> Prediction:
+def _run(learner: Any, batch: Batch | PairBatch, step: Step, method: Method) -> Prediction:
     """The steps of `track`."""
+    goal, targets = step.aim, step.aim.blank_targets(len(batch.mask))
     learner.train()
     config = method.config
     settings = Settings(
@@ -108,14 +147,14 @@ def _run(learner: Learner, batch: Batch, targets: Tensor, step: Step, method: Me
     )
 
     def loss(rows: slice) -> Tensor:
-        return loss_of(learner, batch.rows(rows), targets[rows], step.precision)
+        return goal.loss(learner, batch.rows(rows), targets[rows], step.precision)
 
     with building():  # bitsandbytes looks at the values of its code book
         optimizer = make_optimizer(learner, settings)
     peak, allocator, events = predict_steps(
         learner,
         optimizer,
-        [targets, *_tensors(batch)],
+        [targets, *batch.tensors()],
         loss,
         semantics=step.semantics,
         attention=step.attention,
@@ -196,17 +235,22 @@ def _leave_on_host(tracker: Tracker, optimizer: torch.optim.Optimizer) -> None:
     tracker.events[:] = [e._replace(delta_bytes=0) if e.storage in host else e for e in tracker.events]
 
 
-def _learner(method: CachedMethod | PrefixMethod | LiveMethod, backbone: Backbone, step: Step) -> Learner:
+def _learner(
+    method: CachedMethod | PrefixMethod | LiveMethod, backbones: Mapping[str, Backbone], step: Step
+) -> nn.Module:
     with building():
-        if isinstance(method, CachedMethod):
-            arch = reduction_of(step.form.tokens, backbone.arch, step.form.seed).seen
-            widths = {layer: shape[-1] for layer, shape in kept_shapes(method, backbone, step).items()}
-            body: Body = method.build(arch, widths, lambda: _fake_weights(backbone))
-        elif isinstance(method, PrefixMethod):
-            arch, body = backbone.arch, method.build(Suffix(backbone, method.first_block(backbone.arch)))
-        else:
-            arch, body = backbone.arch, method.network(backbone)
-        return Learner(body, step.num_outputs, step.pooling, arch.prefix_tokens)
+        return step.aim.learner({name: _tower(method, backbone, step) for name, backbone in backbones.items()})
+
+
+def _tower(method: CachedMethod | PrefixMethod | LiveMethod, backbone: Backbone, step: Step) -> Tower:
+    if isinstance(method, CachedMethod):
+        arch = reduction_of(step.form.tokens, backbone.arch, step.form.seed).seen
+        widths = {layer: shape[-1] for layer, shape in kept_shapes(method, backbone, step).items()}
+        return Tower(method.build(arch, widths, lambda: _fake_weights(backbone)), arch.prefix_tokens)
+    if isinstance(method, PrefixMethod):
+        body = method.build(restarted(backbone, method.first_block(backbone.arch)))
+        return Tower(body, backbone.arch.prefix_tokens, backbone)
+    return Tower(method.network(backbone), backbone.arch.prefix_tokens, backbone)
 
 
 def _fake_weights(backbone: Backbone) -> BackboneWeights:
@@ -220,14 +264,15 @@ def kept_shapes(
 ) -> dict[str, tuple[int, int]]:
     """(T, D) of one example per layer that the method reads, as it is kept."""
     seen = reduction_of(step.form.tokens, backbone.arch, step.form.seed).seen
-    return {layer: kept_shape(backbone, layer, step) for layer in method.layers(seen)}
+    found = layer_shapes(backbone, method.layers(seen))  # at once: a forward pass on fake tensors takes seconds, too
+    return {layer: kept_shape(backbone, found[layer], step) for layer in method.layers(seen)}
 
 
-def kept_shape(backbone: Backbone, layer: str, step: Step) -> tuple[int, int]:
-    """(T, D) of one example of a layer, as it is kept; a text has the longest's tokens."""
+def kept_shape(backbone: Backbone, shape: tuple[int | None, int], step: Step) -> tuple[int, int]:
+    """(T, D) of one example of a layer of this shape, as it is kept; a text has the longest's tokens."""
     reduction = reduction_of(step.form.tokens, backbone.arch, step.form.seed)
     length = text_tokens(backbone, step)
-    kept, kept_width = reduction.shape(*layer_shapes(backbone, [layer])[layer])
+    kept, kept_width = reduction.shape(*shape)
     if kept is None:
         lengths = reduction.lengths(np.array([length]))
         assert lengths is not None
@@ -241,22 +286,16 @@ def layer_shapes(backbone: Backbone, layers: Sequence[str]) -> dict[str, tuple[i
         return backbone.shapes(layers)
 
 
-def batch_for(method: CachedMethod | PrefixMethod | LiveMethod, backbone: Backbone, step: Step) -> tuple[Batch, Tensor]:
-    """What the method would be given, and the targets (B,)."""
+def batch_for(method: CachedMethod | PrefixMethod | LiveMethod, backbone: Backbone, step: Step) -> Batch:
+    """What the method would be given."""
     if isinstance(method, CachedMethod | PrefixMethod):
         final, shapes = backbone.final_layer, kept_shapes(method, backbone, step)
         lead = final if final in shapes else list(shapes)[-1]
         batch = cached_batch(shapes, step.batch_size, step.form, lead)
         if isinstance(method, PrefixMethod):
-            batch = batch.entering(entering_layer(method.first_block(backbone.arch)))
-    else:
-        batch = _live_batch(backbone, step.batch_size, text_tokens(backbone, step), step.token_types)
-    return batch, blank_targets(step.batch_size, step.num_outputs)
-
-
-def blank_targets(examples: int, num_outputs: int) -> Tensor:
-    """Targets (N,) of the right type: one output is a number's, several are classes'."""
-    return torch.zeros(examples, dtype=torch.float32 if num_outputs == 1 else torch.int64)
+            batch = batch.entering(entering(backbone.arch, method.first_block(backbone.arch)))
+        return batch
+    return _live_batch(backbone, step.batch_size, text_tokens(backbone, step), step.token_types)
 
 
 def cached_batch(shapes: Mapping[str, tuple[int, int]], batch_size: int, form: Form, lead: str) -> Batch:
@@ -274,12 +313,8 @@ def cached_batch(shapes: Mapping[str, tuple[int, int]], batch_size: int, form: F
 
 def _live_batch(backbone: Backbone, batch_size: int, length: int | None, token_types: bool) -> Batch:
     """A batch as `LiveSource` yields it. A fake mask has no values, so transformers cannot leave it out."""
-    dummy = backbone.preprocess.dummy(backbone.device)
-    inputs, longest = {}, max(one.shape[1] for one in dummy.values())
-    for name, one in dummy.items():
-        follows = length is not None and one.shape[1] == longest
-        shape = (length, *one.shape[2:]) if follows else one.shape[1:]
-        inputs[name] = torch.zeros((batch_size, *shape), dtype=one.dtype)
+    one = example_inputs(backbone, length)
+    inputs = {name: torch.zeros((batch_size, *value.shape[1:]), dtype=value.dtype) for name, value in one.items()}
     if token_types:
         inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
     tokens = layer_shapes(backbone, [backbone.final_layer])[backbone.final_layer][0] or length
@@ -287,16 +322,27 @@ def _live_batch(backbone: Backbone, batch_size: int, length: int | None, token_t
     return Batch(torch.ones((batch_size, tokens), dtype=torch.bool), inputs=inputs)
 
 
+def example_inputs(backbone: Backbone, length: int | None) -> Inputs:
+    """Inputs of one example of so many tokens (None: of an image), such as `Preprocess.dummy` yields."""
+    if length is not None and isinstance(backbone.preprocess, JointPreprocess):
+        return backbone.preprocess.sized(length, backbone.device)
+    dummy = backbone.preprocess.dummy(backbone.device)
+    longest = max(one.shape[1] for one in dummy.values())
+    if length is None:
+        return dummy
+    return {
+        name: one[:, :1].expand(-1, length, *one.shape[2:]) if one.shape[1] == longest else one
+        for name, one in dummy.items()
+    }
+
+
 def text_tokens(backbone: Backbone, step: Step) -> int | None:
-    """Tokens of the longest text of the batch; None for images."""
+    """Tokens of the longest example of the batch; None for images, which are all alike."""
     if backbone.arch.modality == "image":
         return None
+    if isinstance(backbone.preprocess, JointPreprocess):
+        return step.max_length or backbone.preprocess.longest
     return step.max_length or int(getattr(backbone.preprocess, "max_length", 0)) or 128
-
-
-def _tensors(batch: Batch) -> list[Tensor]:
-    stored = [part for layer in batch.activations.values() for part in tensors_of(layer)]
-    return [batch.mask, *batch.masks.values(), *stored, *batch.inputs.values()]
 
 
 class _TrueStatistics(TorchDispatchMode):

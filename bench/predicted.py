@@ -6,39 +6,29 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters._base import Batch, CachedMethod, FittedMethod, LiveMethod, Method, PrefixMethod
-from ..cache.backbone import Backbone
-from ..cache.form import Form
-from .learner import Learner
+from .assemble import Assembled
 from .measure import Memory
-from .predict import Prediction, Step, predict, predict_copy
+from .predict import Prediction, Step, predict_again, predict_copy
 from .predict_fit import predict_fit
 from .record import Job
+from .towers import PairBatch
 
 
-def with_prediction(
-    memory: Memory, job: Job, method: Method, learner: Learner, batch: Batch, form: Form, fake: Backbone | None
-) -> Memory:
-    """`memory` with the requested bytes predicted for a training step on `batch`.
-
-    fake: the backbone before the method changed it, without weights; None for a cached method.
-    """
+def with_prediction(memory: Memory, job: Job, method: Method, assembled: Assembled, batch: Batch | PairBatch) -> Memory:
+    """`memory` with the requested bytes predicted for a training step on `batch`."""
     step = Step(
         batch_size=len(batch.mask),
-        num_outputs=job.num_outputs,
         precision=job.precision,
         semantics=_semantics(job),
-        form=form,
-        max_length=_text_tokens(batch),
-        pooling="cls" if job.pooling == "cls" else "mean",
-        token_types="token_type_ids" in batch.inputs,
+        form=assembled.form,
+        goal=assembled.goal,
     )
 
     def predicted() -> Prediction:
         if isinstance(method, CachedMethod):
-            return predict_copy(method, learner, batch, step)
+            return predict_copy(method, assembled.learner, batch, step)
         assert isinstance(method, LiveMethod | PrefixMethod)
-        assert fake is not None
-        return predict(method, fake, step)
+        return predict_again(method, assembled.fakes, batch, step)
 
     return _added(memory, predicted)
 
@@ -51,11 +41,6 @@ def with_fit_prediction(memory: Memory, job: Job, method: FittedMethod, features
         memory,
         lambda: predict_fit(method, examples=examples, width=width, num_outputs=job.num_outputs, semantics=semantics),
     )
-
-
-def _text_tokens(batch: Batch) -> int:
-    """Tokens of the longest text, as the backbone takes it."""
-    return max((given.shape[1] for given in batch.inputs.values() if given.ndim == 2), default=batch.mask.shape[1])
 
 
 def _semantics(job: Job) -> str:

@@ -28,7 +28,7 @@ from .compare import check_pooling
 from .contrastive import PROJECTION, Contrastive
 from .jobs import code_sha256, job_of
 from .learner import Learner
-from .prepare import Prepared, Say, plan_store, prepare, resolve_device, store_for
+from .prepare import Say, Tower, classified, plan_store, prepare, resolve_device, store_for
 from .pretrain_request import PretrainRequest, facts_of, method_of
 from .record import Job
 from .resume import ResumeFile
@@ -48,24 +48,27 @@ def pretrain(
     """
     named, method = method_of(request)
     prepared = prepare(request.inputs, home=home, cache_dir=cache_dir, say=say)
-    if prepared.backbone is None:
+    task, tower = classified(prepared, "bench pretrain")
+    if tower.backbone is None:
         raise SidebenchError("imported features have no network behind them, so no other task could be read alike.")
-    parts = split_task(prepared.task, request.split_seed)
-    planned = plan_store(prepared, request.capture)
-    check_pooling(prepared, planned.manifest)
-    if reason := refusal(method, prepared.arch, planned.manifest.form):
-        raise SidebenchError(f"{request.method} cannot be pre-trained on {prepared.arch.name}: {reason}.")
-    facts = facts_of(request, named, method, prepared, planned, parts)
+    parts = split_task(task, request.split_seed)
+    planned = plan_store(tower, request.capture)
+    check_pooling(task, planned.manifest)
+    if reason := refusal(method, tower.arch, planned.manifest.form):
+        raise SidebenchError(f"{request.method} cannot be pre-trained on {tower.arch.name}: {reason}.")
+    facts = facts_of(request, named, method, task, tower, planned, parts)
     resume = ResumeFile(request.out.with_name(f"{request.out.name}.resume"), _about(facts, named, request), say)
     if request.fresh:
         resume.remove()
     elif request.out.exists() and not resume.path.exists():  # else it is about to be written over, as --fresh asked
         return _finished(request, facts, say)
-    control = control_of(request.zero_shot, prepared, method, request.capture, request.split_seed, home, say, progress)
-    built = _store(prepared, planned, method, say, progress)
-    hashes = example_hashes(prepared.task.examples, HASH_BYTES)[np.concatenate([parts.train, parts.val])]
-    job = _job(request, named, prepared.task, facts, built)
-    del prepared, planned  # a cached method trains with no backbone in memory
+    control = control_of(
+        request.zero_shot, task, tower, method, request.capture, request.split_seed, home, say, progress
+    )
+    built = _store(tower, planned, method, say, progress)
+    hashes = example_hashes(task.examples, HASH_BYTES)[np.concatenate([parts.train, parts.val])]
+    job = _job(request, named, task, facts, built)
+    del prepared, tower, planned  # a cached method trains with no backbone in memory
     return _train(request, method, job, parts, facts, torch.from_numpy(hashes), resume, control, say)
 
 
@@ -90,11 +93,11 @@ def _finished(request: PretrainRequest, facts: Facts, say: Say) -> dict[str, Any
     return _document("exists", request, found.facts, found.sha256) | {"zero_shot": None, "unavailable": control}
 
 
-def _store(prepared: Prepared, planned: Plan, method: Method, say: Say, progress: Progress) -> BuildResult | None:
-    layers = layers_read([method], prepared.arch)
+def _store(tower: Tower, planned: Plan, method: Method, say: Say, progress: Progress) -> BuildResult | None:
+    layers = layers_read([method], tower.arch)
     if not layers:
         return None
-    return store_for(prepared, planned, layers, may_build=True, progress=progress, say=say)
+    return store_for(tower, planned, layers, may_build=True, progress=progress, say=say)
 
 
 def _job(request: PretrainRequest, named: Named, task: Task, facts: Facts, built: BuildResult | None) -> Job:
@@ -104,7 +107,7 @@ def _job(request: PretrainRequest, named: Named, task: Task, facts: Facts, built
         request.inputs,
         task,
         request.capture,
-        built,
+        {} if built is None else {"": built},
         seed=request.seed,
         split_seed=request.split_seed,
         epochs=int(facts.training["epochs"]),

@@ -16,10 +16,10 @@ from ..cache.errors import SidebenchError, unknown
 from .choice import chosen_methods, layers_read
 from .contrastive import PROJECTION
 from .jobs import parts_sha256
-from .prepare import Inputs, Prepared
+from .prepare import Inputs, Tower
 from .pretrained import backbone_facts, module_facts
 from .record import epochs_within
-from .tasks.base import Split
+from .tasks.base import Split, Task
 from .tasks.load import family_of
 
 OBJECTIVES = ("supervised", "contrastive")
@@ -91,18 +91,24 @@ def _check_folder(folder: Path) -> None:
 
 
 def facts_of(
-    request: PretrainRequest, named: Named, method: Method, prepared: Prepared, planned: Plan, parts: Split
+    request: PretrainRequest,
+    named: Named,
+    method: Method,
+    task: Task,
+    tower: Tower,
+    planned: Plan,
+    parts: Split,
 ) -> Facts:
     """Everything that decides the outcome, but for versions of packages, which are noted."""
-    manifest, task = planned.manifest, prepared.task
+    manifest = planned.manifest
     contrastive = request.objective == "contrastive"
     of_objective = {"temperature": request.temperature, "projection": PROJECTION} if contrastive else {}
     sizes = parts.sizes()
     return module_facts(
         named,
         method,
-        backbone_facts(prepared.arch, str(manifest.backbone["weights_sha256"])),
-        layers=layers_read([method], prepared.arch),
+        backbone_facts(tower.arch, str(manifest.backbone["weights_sha256"])),
+        layers=layers_read([method], tower.arch),
         preprocessing=dict(manifest.preprocessing),
         source={
             "task": task.uri,
@@ -110,7 +116,7 @@ def facts_of(
             "classes": len(task.classes),
             "limit": request.inputs.limit,
             "split_seed": request.split_seed,
-            "parts": None if task.parts is None else parts_sha256(task),
+            "parts": None if task.parts is None else parts_sha256(task.parts),
             "train": sizes["train"],
             "val": sizes["val"],
             "pooling": task.pooling,

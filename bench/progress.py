@@ -8,6 +8,7 @@ from typing import Any
 
 from .launch import Listener
 from .record import Job
+from .tasks.score import printed
 
 _PLAIN_INTERVAL_SECONDS = 5.0
 
@@ -58,9 +59,8 @@ class Display:
             if event["epoch"] % max(event["epochs"] // 10, 1) and event["epoch"] < event["epochs"]:
                 return  # few shots make short epochs, and hundreds of them
             loss = f", loss {event['loss']:.4f}" if "loss" in event else ""
-            self.say(
-                f"{name}: epoch {event['epoch']}/{event['epochs']}{loss}, validation {100 * event['val_score']:.2f} %"
-            )
+            score = printed(job.score, event["val_score"])
+            self.say(f"{name}: epoch {event['epoch']}/{event['epochs']}{loss}, validation {score}")
         elif kind == "failed":
             self.say(f"{name}: failed: {event['message']}")
         elif kind == "tier" and event["why"] not in self._said:

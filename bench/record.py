@@ -6,7 +6,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..cache.errors import SidebenchError
 from ..cache.manifest import canonical_json
+from ..cache.pair import STREAMS, is_pair, towers_of
 from .tasks.base import Split
 from .tasks.score import ACCURACY
 
@@ -51,11 +52,24 @@ class Job:
     shots: int | None = None  # few-shot: so many training examples of each class
     init: Mapping[str, Any] | None = None  # of pre-trained modules: the file's hash, what it is, how it is mapped
     steps: int | None = None  # as many epochs as they allow, one at least; None: `epochs` says it
+    stores: Mapping[str, str] = field(default_factory=dict)  # of a task of several streams: `store` of each
+    goal: Mapping[str, Any] | None = None  # what it is trained for, where that is no class (see goals.known)
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The streams of the task; "" is the only one of a task that has but one."""
+        return STREAMS if is_pair(self.backbone) else ("",)
+
+    def of(self, stream: str) -> "Job":
+        """The same on one stream alone: its backbone and its store."""
+        if not stream:
+            return self
+        return replace(self, backbone=towers_of(self.backbone)[stream], store=self.stores.get(stream), stores={})
 
     @property
     def digest(self) -> str:
-        """Names the run's files; the folder of the store is left out, its digest is in `data`."""
-        facts = {key: value for key, value in asdict(self).items() if key != "store"}
+        """Names the run's files; the folders of stores are left out, their digests are in `data`."""
+        facts = {key: value for key, value in asdict(self).items() if key not in ("store", "stores")}
         return hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:12]
 
     def targets(self, classes: NDArray[np.int64]) -> NDArray[Any]:
@@ -162,17 +176,17 @@ def read_record(path: Path) -> RunRecord:
         raise SidebenchError(f"{path} is no run record: {type(error).__name__}: {error}") from None
 
 
-def write_predictions(path: Path, ids: tuple[str, ...], logits: NDArray[np.float32], targets: NDArray[Any]) -> None:
-    """Keep ids, logits (N, K) and targets (classes, or numbers) of the test part as npz without pickle."""
+def write_predictions(path: Path, ids: Sequence[str], **arrays: NDArray[Any]) -> None:
+    """Keep what is left of the test part as npz without pickle: ids (N,), and of classes logits and targets."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, ids=np.array(ids, dtype=np.str_), logits=logits, targets=targets)
+        np.savez(file, allow_pickle=False, ids=np.array(ids, dtype=np.str_), **arrays)
 
 
-def read_predictions(path: Path) -> tuple[NDArray[np.float32], NDArray[Any]]:
-    """Logits (N, K) and targets (N,) of a run's test part. Raises SidebenchError when the file is not readable."""
+def read_predictions(path: Path, names: Sequence[str] = ("logits", "targets")) -> tuple[NDArray[Any], ...]:
+    """These arrays of a run's test part. Raises SidebenchError when the file is not readable."""
     try:
         with np.load(path, allow_pickle=False) as found:
-            return found["logits"], found["targets"]
+            return tuple(found[name] for name in names)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise SidebenchError(f"the predictions {path} cannot be read: {error}.") from None
 

@@ -8,9 +8,10 @@ from ..cache.catalog import read_notes
 from ..cache.errors import SidebenchError
 from ..cache.fill import Progress
 from ..cache.manifest import Manifest
+from ..cache.pair import STREAMS
 from ..cache.planning import Plan, options_of
 from ..cache.repair import Repair, repair
-from .prepare import Inputs, Say, plan_store, prepare
+from .prepare import Inputs, Say, only_tower, plan_store, prepare
 
 
 def repair_store(folder: Path, *, home: Path, cache_dir: Path, progress: Progress, say: Say) -> Repair:
@@ -25,7 +26,7 @@ def repair_store(folder: Path, *, home: Path, cache_dir: Path, progress: Progres
         say(f"repair: computing again from {inputs.backbone} and {inputs.task}")
         try:
             prepared = prepare(inputs, home=home, cache_dir=cache_dir, say=say)
-            return plan_store(prepared, options_of(manifest))
+            return plan_store(only_tower(prepared), options_of(manifest))
         except SidebenchError as error:
             raise SidebenchError(f"{folder.name} was built from what is not at hand now: {error}") from error
 
@@ -55,4 +56,5 @@ def inputs_from(notes: Mapping[str, Any], folder: Path, *, own: bool) -> Inputs:
             f"say that it is yours with --cache-dir {folder.parent}."
         )
     device = notes.get("device") if notes.get("device") in ("cpu", "cuda") else "auto"
-    return Inputs(backbone, str(names["task"]), device=str(device), **sizes)
+    stream = notes.get("stream") if notes.get("stream") in STREAMS else ""
+    return Inputs(backbone, str(names["task"]), device=str(device), stream=str(stream), **sizes)

@@ -9,7 +9,7 @@ from .markdown import MIB, bullets, interval, mib, table, text
 from .outcome import Outcome
 from .pretrained import sentences as pretrained_modules
 from .table import Compared
-from .tasks.score import ACCURACY
+from .tasks.score import ACCURACY, NATURAL, score_named, shown, unit
 
 Row = Mapping[str, Any]
 _LITERATURE_GB = 2**20 * 1000
@@ -38,7 +38,7 @@ _SHARED_COLUMNS = (
 def columns(score_name: str, rows: Sequence[Row]) -> tuple[str, ...]:
     """The heads of the table."""
     shots = ("shots",) if any(row["shots"] for row in rows) else ()
-    return ("method", "kind", *shots, f"{score_name} %", *_SHARED_COLUMNS)
+    return ("method", "kind", *shots, unit(score_name), *_SHARED_COLUMNS)
 
 
 def cells(row: Row) -> list[str]:
@@ -48,9 +48,9 @@ def cells(row: Row) -> list[str]:
         row["method"],
         row["kind"],
         *([str(row["shots"])] if row["shots"] else []),
-        "failed" if score is None else f"{100 * score['mean']:.2f}",
-        "" if score is None else interval(score["ci95"]),
-        "" if score is None else interval(score["test_ci95"]),
+        "failed" if score is None else f"{shown(score['name'], score['mean']):.2f}",
+        "" if score is None else interval(score["ci95"], score["name"]),
+        "" if score is None else interval(score["test_ci95"], score["name"]),
         "" if row["trainable_params"] is None else f"{row['trainable_params']:,}",
         mib(row["peak_tracked_bytes"]),
         mib(row["peak_device_bytes"]),
@@ -72,16 +72,27 @@ def skipped(outcome: Outcome) -> list[str]:
 
 def verdicts(outcome: Outcome, compared: Sequence[Compared]) -> list[str]:
     """A sentence per comparison."""
-    test = "sign-flip" if outcome.score_name == ACCURACY else "swap"
+    score = score_named(outcome.score_name)
+    test = "sign-flip" if score.of_examples or score.name == ACCURACY else "swap"
     return [
         f"{_at(c.method, c.shots)} "
         f"{'shows no difference from' if c.verdict == 'no difference shown' else c.verdict} {c.against}: "
-        f"{100 * c.difference:+.2f} points, 95 % paired bootstrap interval [{100 * c.ci95[0]:+.2f}, "
-        f"{100 * c.ci95[1]:+.2f}], {test} permutation p = {c.p_value:.4f}, {c.p_adjusted:.4f} after Holm over "
-        f"{len(compared)}; {outcome.sizes['test']} test examples, {len(outcome.request.seeds)} seeds"
-        + (f", 95 % over seeds [{100 * c.seeds_ci95[0]:+.2f}, {100 * c.seeds_ci95[1]:+.2f}]." if c.seeds_ci95 else ".")
+        f"{shown(score.name, c.difference):+.2f} points, 95 % paired bootstrap interval "
+        f"[{_signed(c.ci95, score.name)}], {test} permutation p = {c.p_value:.4f}, {c.p_adjusted:.4f} after Holm over "
+        f"{len(compared)}; {_tested(outcome)}, {len(outcome.request.seeds)} seeds"
+        + (f", 95 % over seeds [{_signed(c.seeds_ci95, score.name)}]." if c.seeds_ci95 else ".")
         for c in compared
     ]
+
+
+def _tested(outcome: Outcome) -> str:
+    """How many things the tests and intervals are over."""
+    items = outcome.sizes.get("test_items")
+    return f"{outcome.sizes['test']} test examples" if items is None else f"{items} test items with their captions"
+
+
+def _signed(ends: Sequence[float], score_name: str) -> str:
+    return ", ".join(f"{shown(score_name, end):+.2f}" for end in ends)
 
 
 def _at(method: str, shots: int | None) -> str:
@@ -110,7 +121,9 @@ def markdown(outcome: Outcome, rows: Sequence[Row], compared: Sequence[Compared]
     if lines := pretrained_modules([record for runs in outcome.runs for record in runs.records]):
         parts += ["## Pre-trained modules", bullets(lines)]
     if outcome.store:
-        parts += ["## Activation cache", _cache(outcome.store)]
+        streams = outcome.store.get("streams", {"": outcome.store})
+        lines = [f"{name}: {_cache(one)}" if name else _cache(one) for name, one in streams.items()]
+        parts += ["## Activation cache", "\n\n".join(lines)]
     parts += ["## Learning rates", _rates(outcome, rows), "## World", _world(outcome)]
     return "\n\n".join(parts) + "\n"
 
@@ -120,6 +133,8 @@ def _score_parts(outcome: Outcome, rows: Sequence[Row]) -> list[str]:
     scored = {_at(row["method"], row["shots"]): row["score"]["parts"] for row in rows if row["score"]}
     if not any(len(parts) > 1 for parts in scored.values()):
         return []
+    if score_named(outcome.score_name).of_examples:
+        return ["All figures, as means over seeds; fractions in percent:", bullets(_figures(scored))]
     listed = [
         f"{method}: " + ", ".join(f"{name} {100 * value:.2f}" for name, value in parts.items())
         for method, parts in scored.items()
@@ -127,12 +142,23 @@ def _score_parts(outcome: Outcome, rows: Sequence[Row]) -> list[str]:
     return [f"{text(outcome.score_name)} is the mean of the two, which are, as means over seeds:", bullets(listed)]
 
 
+def _figures(scored: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Shares in percent; sums and ranks, whose names say so, as they are."""
+    return [
+        f"{method}: "
+        + ", ".join(f"{name} {value if name.endswith(NATURAL) else 100 * value:.2f}" for name, value in parts.items())
+        for method, parts in scored.items()
+    ]
+
+
 def _protocol(outcome: Outcome) -> str:
     request, sizes = outcome.request, outcome.sizes
+    pairs = "test_items" in sizes
+    counted = f"captions (of {sizes['test_items']} test items)" if pairs else "examples"
     return (
-        f"{sizes['train']} training, {sizes['val']} validation and {sizes['test']} test examples "
+        f"{sizes['train']} training, {sizes['val']} validation and {sizes['test']} test {counted} "
         f"(split seed {request.split_seed}"
-        + (f", limited to {request.inputs.limit} examples" if request.inputs.limit else "")
+        + (f", limited to {request.inputs.limit} {'items' if pairs else 'examples'}" if request.inputs.limit else "")
         + f"); seeds {', '.join(map(str, request.seeds))}; {_length(outcome)}, batch size {request.batch_size}, "
         f"{request.precision}. AdamW with 10 % linear warm-up and cosine decay{_other_schedules(outcome)}; the epoch "
         "is selected on validation, the test part is read once at the end. linear_probe is solved instead, its L2 "

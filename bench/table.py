@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..cache.errors import SidebenchError
 from .outcome import Outcome, Runs
@@ -24,6 +25,7 @@ from .stats import (
 from .tasks.score import ACCURACY, Numbers, Score, score_named
 
 REFERENCE = "linear_probe"  # what every method is tested against, where it was run: the bar to beat
+Labels = NDArray[Any]
 _STATISTICS_SEED = 0
 _PEAKS = (
     "peak_device_bytes",
@@ -67,7 +69,7 @@ def comparisons(outcome: Outcome) -> list[Compared]:
     By paired tests, adjusted for their number.
     """
     pairs: list[tuple[Runs, Runs]] = []
-    read: dict[tuple[str, int | None], tuple[Numbers, Numbers]] = {}
+    read: dict[tuple[str, int | None], tuple[Numbers, Labels]] = {}
     for shots in dict.fromkeys(runs.shots for runs in outcome.runs):
         complete = {runs.method: runs for runs in outcome.runs if runs.shots == shots and _is_complete(runs)}
         read |= {(method, shots): _predictions(outcome, runs) for method, runs in complete.items()}
@@ -168,22 +170,29 @@ def _parts(measured: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: statistics.mean(m["scores"][name] for m in measured) for name in names}
 
 
-def _interval(outcome: Outcome, predicted: Numbers, targets: Numbers) -> tuple[float, float]:
-    if outcome.score_name == ACCURACY:
-        return bootstrap_interval((predicted == targets).mean(0), _STATISTICS_SEED)
+def _interval(outcome: Outcome, predicted: Numbers, targets: Labels) -> tuple[float, float]:
     score = score_named(outcome.score_name)
+    if (added := _added(score, predicted, targets)) is not None:
+        return bootstrap_interval(added.mean(0), _STATISTICS_SEED)
     return bootstrap_score(score.weighted, predicted, targets, _STATISTICS_SEED, draws=_draws(score))
 
 
-def _tested(outcome: Outcome, ours: tuple[Numbers, Numbers], theirs: tuple[Numbers, Numbers]) -> PairedResult:
-    """Accuracy is a mean over examples, whose test needs only what each one adds to it."""
+def _tested(outcome: Outcome, ours: tuple[Numbers, Labels], theirs: tuple[Numbers, Labels]) -> PairedResult:
     (a, targets), (b, others) = ours, theirs
     if not np.array_equal(targets, others):
         raise SidebenchError("two methods were tested on different examples; run the comparison again with --fresh.")
-    if outcome.score_name == ACCURACY:
-        return paired_test(a == targets, b == targets, _STATISTICS_SEED)
     score = score_named(outcome.score_name)
+    first, second = _added(score, a, targets), _added(score, b, targets)
+    if first is not None and second is not None:
+        return paired_test(first, second, _STATISTICS_SEED)
     return paired_score_test(score.weighted, a, b, targets, _STATISTICS_SEED, draws=_draws(score))
+
+
+def _added(score: Score, predicted: Numbers, targets: Labels) -> Numbers | None:
+    """(seeds, N) what each test example adds to a score that is their mean; None of one that is no mean."""
+    if score.of_examples:
+        return predicted
+    return (predicted == targets).astype(np.float64) if score.name == ACCURACY else None
 
 
 def _draws(score: Score) -> int:
@@ -191,9 +200,15 @@ def _draws(score: Score) -> int:
     return 2_000 if score.of_numbers else 10_000
 
 
-def _predictions(outcome: Outcome, runs: Runs) -> tuple[Numbers, Numbers]:
-    """(seeds, N) what is scored per test example, and the targets (N,), of runs that are complete."""
+def _predictions(outcome: Outcome, runs: Runs) -> tuple[Numbers, Labels]:
+    """(seeds, N) what is scored per test example, and the targets (N,), of runs that are complete.
+
+    Of a score that is a mean over examples what each adds, and their ids.
+    """
     score = score_named(outcome.score_name)
+    if score.of_examples:
+        found = [read_predictions(path.with_suffix(".npz"), ("contributions", "ids")) for path in runs.files]
+        return np.stack([added for added, _ in found]), found[-1][1]
     read = [read_predictions(path.with_suffix(".npz")) for path in runs.files]
     return np.stack([score.read(logits) for logits, _ in read]), read[-1][1].astype(np.float64)
 

@@ -15,7 +15,7 @@ from ..adapters._base import Batch, Method, TrainingConfig, task_loss, trained
 from ..cache.errors import SidebenchError, unknown
 from ..cache.feed import batches_of, drawn_views, epoch_order
 from ..cache.store import Index
-from .learner import Learner, Source
+from .learner import Source
 from .tasks.score import ACCURACY, score_named
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -60,11 +60,11 @@ class Objective(Protocol):
         """The items to read for a batch of examples, as `cache.feed.drawn_views`."""
         ...
 
-    def loss(self, learner: Learner, batch: Batch, targets: Tensor, precision: str) -> Tensor:
+    def loss(self, learner: nn.Module, batch: Any, targets: Tensor, precision: str, epoch: int = 0) -> Tensor:
         """The mean loss of a batch of these items, with gradients."""
         ...
 
-    def score(self, learner: Learner, source: Source, targets: Tensor, index: Index, settings: Settings) -> float:
+    def score(self, learner: nn.Module, source: Source, targets: Tensor, index: Index, settings: Settings) -> float:
         """What an epoch is selected by, on the examples of `index`: the larger the better."""
         ...
 
@@ -76,11 +76,11 @@ class Supervised:
         """Each example, or one of its views."""
         return drawn_views(index, examples=examples, views=views, seed=seed, epoch=epoch)
 
-    def loss(self, learner: Learner, batch: Batch, targets: Tensor, precision: str) -> Tensor:
+    def loss(self, learner: nn.Module, batch: Any, targets: Tensor, precision: str, epoch: int = 0) -> Tensor:
         """The task's."""
         return loss_of(learner, batch, targets, precision)
 
-    def score(self, learner: Learner, source: Source, targets: Tensor, index: Index, settings: Settings) -> float:
+    def score(self, learner: nn.Module, source: Source, targets: Tensor, index: Index, settings: Settings) -> float:
         """The task's."""
         return score_of(settings.score, predict(learner, source, index, settings), targets[index])
 
@@ -101,7 +101,7 @@ class Checkpoints(Protocol):
 
 
 def train(
-    learner: Learner,
+    learner: nn.Module,
     source: Source,
     targets: Tensor,
     train_index: Index,
@@ -137,7 +137,7 @@ def train(
         learner.train()
         total = torch.zeros((), device=targets.device)
         for index, batch in zip(order, source.batches(items), strict=True):
-            loss = objective.loss(learner, batch, targets[index], settings.precision)
+            loss = objective.loss(learner, batch, targets[index], settings.precision, epoch)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -197,7 +197,7 @@ def schedule_of(method: Method) -> tuple[str, float]:
 
 def make_optimizer(learner: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """AdamW over what is trained; bitsandbytes' where its state is to be kept in 8 bits."""
-    parameters = list(trained(learner).values())
+    parameters = _groups(learner, settings.lr)
     if settings.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
 
@@ -205,14 +205,26 @@ def make_optimizer(learner: nn.Module, settings: Settings) -> torch.optim.Optimi
     return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
 
 
-def loss_of(learner: Learner, batch: Batch, targets: Tensor, precision: str) -> Tensor:
+def _groups(learner: nn.Module, lr: float) -> list[Any]:
+    """What is trained; as two groups where the task's head states at which share of `lr` it learns."""
+    head: Any = getattr(learner, "head", None)
+    share = getattr(head, "learning_rate_share", 1.0)
+    parameters = list(trained(learner).values())
+    if share == 1.0:
+        return parameters
+    slow = {id(parameter) for parameter in head.parameters()}
+    groups = ([p for p in parameters if id(p) not in slow], lr), ([p for p in parameters if id(p) in slow], share * lr)
+    return [{"params": group, "lr": rate} for group, rate in groups if group]
+
+
+def loss_of(learner: nn.Module, batch: Batch, targets: Tensor, precision: str) -> Tensor:
     """The task's mean loss of one batch."""
     with autocast(targets.device, precision):
         logits = learner(batch)
     return task_loss(logits.float(), targets)
 
 
-def predict(learner: Learner, source: Source, index: Index, settings: Settings) -> Tensor:
+def predict(learner: nn.Module, source: Source, index: Index, settings: Settings) -> Tensor:
     """Logits (len(index), K) in float32 on the run's device, in the order of `index`."""
     learner.eval()
     batches = batches_of(index, settings.batch_size)

@@ -8,13 +8,12 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..adapters._base import FittedMethod, Method, trained
@@ -24,16 +23,17 @@ from ..cache.feed import all_views
 from ..cache.memory_store import Placed
 from ..cache.store import Index
 from ..cache.zarr_store import ZarrStore
-from .assemble import Assembled, Initial, Shared, assemble, placed, seeded, settings_of, shapes_of
+from .assemble import Assembled, Initial, Shared, assemble, placed, seeded, settings_of
 from .device_memory import DeviceMeter
 from .environment import environment
+from .goals.base import Tested
+from .goals.classes import tested_classes
 from .learner import longest_batch
 from .measure import Memory, measure_fit, measure_training
 from .predicted import with_fit_prediction, with_prediction
 from .record import Cost, Job, RunRecord, read_split, trial_path, write_json, write_predictions
 from .tasks.base import Split
-from .tasks.score import score_named
-from .training import Diverged, load_trained, predict, score_of, snapshot, train
+from .training import Diverged, load_trained, score_of, snapshot, train
 
 
 def main(jobs_path: Path) -> int:
@@ -61,10 +61,10 @@ def run(job: Job, folder: Path, shared: Shared) -> None:
     if isinstance(method, FittedMethod):
         return _run_fitted(job, method, split, device_meter, folder)
     initial = Initial(job, method, split.train, device, emit)
-    assembled = assemble(job, method, device, initial, shared)
+    assembled = assemble(job, method, device, initial, shared, folder)
     for how in assembled.mapped:
         emit("mapped", how=how)
-    learner, ids, all_targets = assembled.learner, assembled.ids, job.targets(assembled.targets)
+    learner, goal, all_targets = assembled.learner, assembled.goal, job.targets(assembled.targets)
     targets = torch.from_numpy(all_targets).to(device)
     memory = _measured(job, method, assembled, targets, split, device_meter, shared)
     source, tier = placed(assembled.source, job, device)
@@ -76,7 +76,7 @@ def run(job: Job, folder: Path, shared: Shared) -> None:
         settings = settings_of(job, method, lr, len(split.train))
         try:
             with seeded(job.seed):  # a method that draws while it trains (dropout) draws the same for every rate
-                found = train(learner, source, targets, split.train, split.val, settings, _tell_epoch)
+                found = train(learner, source, targets, split.train, split.val, settings, _tell_epoch, goal)
         except Diverged as error:
             if len(job.lrs) == 1:
                 raise
@@ -87,13 +87,13 @@ def run(job: Job, folder: Path, shared: Shared) -> None:
             continue
         load_trained(learner, found.state)
         begun = time.perf_counter()
-        logits = predict(learner, source, split.test, settings).cpu()  # which waits for the device
+        tested = goal.test(learner, source, targets, split.test, settings)
         eval_seconds = time.perf_counter() - begun
         cost = _cost(learner, learner.head, memory, found.train_seconds, eval_seconds, found.examples_per_second)
         chosen = {"lr": lr, "best_epoch": found.best_epoch + 1, "val_score": found.val_score, "losses": found.losses}
         chosen |= {"sizes": split.sizes(), **initial.facts}
         chosen |= {"mapped": list(assembled.mapped)} if job.init is not None else {}
-        _write(job, folder, method, split.test, ids, logits, all_targets, cost, {**chosen, **_tier_facts(tier)})
+        _write(job, folder, method, tested, assembled.names, cost, {**chosen, **_tier_facts(tier)})
     return None
 
 
@@ -107,14 +107,15 @@ def _measured(
     shared: Shared,
 ) -> Memory:
     """The memory of a step on the longest batch; of equal shapes it is measured once in an interpreter."""
-    learner, source = assembled.learner, assembled.source
+    learner, source, goal = assembled.learner, assembled.source, assembled.goal
     index = longest_batch(split.train, source.lengths(), job.batch_size)
     batch = next(iter(source.batches([index])))
-    shapes = shapes_of(batch)
+    shapes = batch.shapes()
     if shapes not in shared.memory:
         settings = settings_of(job, method, job.lrs[0], len(split.train))
-        memory = measure_training(learner, batch, targets[torch.from_numpy(index)], settings, device_meter)
-        shared.memory[shapes] = with_prediction(memory, job, method, learner, batch, assembled.form, assembled.fake)
+        wanted = targets[torch.from_numpy(index)]
+        memory = measure_training(learner, batch, wanted, settings, device_meter, goal)
+        shared.memory[shapes] = with_prediction(memory, job, method, assembled, batch)
     return shared.memory[shapes]
 
 
@@ -146,11 +147,12 @@ def _run_fitted(job: Job, method: FittedMethod, split: Split, device_meter: Devi
     train_seconds = time.perf_counter() - begun
     begun = time.perf_counter()
     with torch.inference_mode():
-        logits = module(part(split.test)[0]).float().cpu()
+        logits = module(part(split.test)[0]).float().cpu().numpy()
     eval_seconds = time.perf_counter() - begun
     emit("epoch", epoch=1, epochs=1, val_score=chosen["val_score"])
     cost = _cost(module, module, memory, train_seconds, eval_seconds, len(train) / train_seconds)
-    _write(job, folder, method, split.test, store.ids, logits, all_targets, cost, {**chosen, "sizes": split.sizes()})
+    tested = tested_classes(job.score, logits, all_targets[split.test], split.test)
+    _write(job, folder, method, tested, store.ids, cost, {**chosen, "sizes": split.sizes()})
 
 
 def _cost(
@@ -169,22 +171,14 @@ def _cost(
 
 
 def _write(
-    job: Job,
-    folder: Path,
-    method: Method,
-    test: Index,
-    ids: tuple[str, ...],
-    logits: Tensor,
-    targets: NDArray[Any],
-    cost: Cost,
-    chosen: Mapping[str, Any],
+    job: Job, folder: Path, method: Method, tested: Tested, names: Sequence[str], cost: Cost, chosen: Mapping[str, Any]
 ) -> None:
     """Predictions first, the record last: a record means that the run is whole."""
-    scores = score_named(job.score).measured(logits.numpy(), targets[test])
-    write_predictions(folder / f"{job.stem}.npz", tuple(ids[i] for i in test), logits.numpy(), targets[test])
+    write_predictions(folder / f"{job.stem}.npz", [names[i] for i in tested.rows], **tested.arrays)
+    if tested.submission is not None:
+        write_json(folder / f"{job.stem}.submission.json", list(tested.submission))
     asked = {**asdict(job), "config": config_facts(method)}
-    score = sum(scores.values()) / len(scores)
-    measured = {"score": score, "scores": scores, **asdict(cost), **chosen}
+    measured = {"score": tested.score, "scores": dict(tested.figures), **asdict(cost), **chosen}
     write_json(folder / f"{job.stem}.json", asdict(RunRecord(asked, measured, environment())))
 
 

@@ -20,7 +20,7 @@ from ..cache.zarr_store import ZarrStore
 from .assemble import Assembled, backbone_of
 from .choice import layers_read
 from .learner import CachedSource, LiveSource, Source
-from .prepare import Prepared, Say, plan_store, store_for
+from .prepare import Say, Tower, plan_store, store_for
 from .record import Job
 from .tasks.base import Task
 from .tasks.contents import example_hashes
@@ -53,7 +53,7 @@ class Control:
 
     def _source(self, source: Source, job: Job) -> Source:
         if self.store is None:
-            return LiveSource(backbone_of(job, torch.device(job.device)), self.task)
+            return LiveSource(backbone_of(job, torch.device(job.device)), self.task.examples)
         assert isinstance(source, CachedSource)
         store = ZarrStore(self.store)
         return replace(source, store=store, tokens=store.lengths(), views=0)
@@ -61,7 +61,8 @@ class Control:
 
 def control_of(
     uri: str | None,
-    prepared: Prepared,
+    source: Task,
+    tower: Tower,
     method: Method,
     capture: CaptureOptions,
     split_seed: int,
@@ -69,25 +70,25 @@ def control_of(
     say: Say,
     progress: Progress,
 ) -> Control | None:
-    """Load the other task, and find or build its cache where the method reads one.
+    """Load the other task than `source`, and find or build its cache where the method reads one.
 
     Raises SidebenchError unless its classes have the names of the source's, in one order.
     """
     if uri is None:
         return None
-    source, task = prepared.task, load_task(uri, home=home, say=say)
+    task = load_task(uri, home=home, say=say)
     if source.values is not None or task.classes != source.classes or task.score_name != source.score_name:
         foreign = sorted({*task.classes} ^ {*source.classes})[:4]
         raise SidebenchError(
             f"--zero-shot {uri} wants the classes and the score of {source.uri}"
             + (f"; only one of them has {', '.join(map(repr, foreign))}." if foreign else ".")
         )
-    layers = layers_read([method], prepared.arch)
+    layers = layers_read([method], tower.arch)
     test = split_task(task, split_seed).test
     hashes = [bytes(row) for row in example_hashes(task.examples, HASH_BYTES)[test]]
     if not layers:
         return Control(task, test, hashes, None)
-    there = Prepared(replace(prepared.inputs, task=uri, limit=None), prepared.backbone, task, prepared.cache_dir)
+    there = Tower(replace(tower.inputs, task=uri, limit=None), tower.backbone, task.examples, tower.cache_dir)
     planned = plan_store(there, replace(capture, views=0))
     store = store_for(there, planned, layers, may_build=True, progress=progress, say=say)
     return Control(task, test, hashes, store.folder)

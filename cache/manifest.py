@@ -22,7 +22,7 @@ _LARGEST_MANIFEST_BYTES = 512 * 2**20
 _LARGEST_COUNT = 2**48
 _MOST_BLOCKS = 10_000
 # Of an architecture: came later, and older stores keep their digest.
-_SAID_WHERE_ANY = ("stages", "decoder_blocks", "t5_blocks", "biasless", "projected_from")
+_SAID_WHERE_ANY = ("stages", "decoder_blocks", "t5_blocks", "biasless", "projected_from", "bottlenecks")
 
 
 @dataclass(frozen=True)

@@ -120,8 +120,9 @@ def make_outcome(
                 continue
             examples = len(row)
             logits = np.stack([np.zeros(examples), np.array(row) - 0.5], 1).astype(np.float32)
+            targets = np.ones(examples, dtype=np.int64)
             write_predictions(
-                path.with_suffix(".npz"), tuple(map(str, range(examples))), logits, np.ones(examples, dtype=np.int64)
+                path.with_suffix(".npz"), tuple(map(str, range(examples))), logits=logits, targets=targets
             )
             measured = {**MEASURED, "score": float(np.mean(row)), **changes}
             records[method].append(RunRecord(asked, measured, {"python": "3"}))

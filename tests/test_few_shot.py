@@ -117,7 +117,8 @@ def test_as_many_epochs_as_the_steps_allow_and_one_at_least(steps: int, examples
 
 
 def _job(**changes: Any) -> Job:
-    usual = dict.fromkeys((field.name for field in dataclasses.fields(Job)), None) | {"batch_size": 32, "epochs": 7}
+    usual = dict.fromkeys((field.name for field in dataclasses.fields(Job)), None)
+    usual |= {"batch_size": 32, "epochs": 7, "score": "accuracy"}
     return Job(**(usual | changes))
 
 

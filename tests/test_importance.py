@@ -21,7 +21,7 @@ from sidebench.bench.learner import LiveSource
 from sidebench.bench.outcome import Outcome, Request
 from sidebench.bench.predict import Step
 from sidebench.bench.prepare import Inputs
-from sidebench.bench.tasks.base import Pooling, Task
+from sidebench.bench.tasks.base import Pooling
 from sidebench.cache.architecture import Architecture
 from sidebench.cache.backbone import Backbone
 from sidebench.cache.block_weights import BackboneWeights, read_weights
@@ -34,7 +34,7 @@ def measured(
     backbone: Backbone, examples: ToyExamples, pooling: Pooling, targets: Tensor, order: Index = ORDER
 ) -> Measured:
     used_up = copy.deepcopy(backbone)
-    source = LiveSource(used_up, Task("toy", examples, ("no", "yes"), None))
+    source = LiveSource(used_up, examples)
     return squared_gradients(used_up, source, targets, order, 2, pooling)
 
 

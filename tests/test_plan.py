@@ -64,7 +64,7 @@ def test_every_method_has_a_row_or_a_reason_and_every_figure_its_kind(planned: P
 def test_every_trained_method_is_predicted_on_every_family(planned: Plan, family: str, precision: str) -> None:
     document = planned(family, methods=TRAINED, precision=precision)
     assert [row["method"] for row in document["methods"] if row["predicted_peak_bytes"] is None] == []
-    assert document["skipped"] == []
+    assert [row["method"] for row in document["skipped"]] == ["sherl_two_stacks"]  # made for an encoder and a decoder
 
 
 def test_a_solver_states_the_examples_it_assumes(planned: Plan) -> None:

@@ -438,7 +438,7 @@ def test_a_gpu_requests_what_was_predicted_within_three_per_cent(name: str, prec
         (warm @ warm).sum().backward()
     del warm
     before = torch.cuda.memory_stats()["requested_bytes.all.current"]
-    batch, targets = batch_for(method, real, step)  # type: ignore[arg-type]
+    batch, targets = batch_for(method, real, step), step.aim.blank_targets(step.batch_size)  # type: ignore[arg-type]
     real.module.to(cuda)
     learner = Learner(build(method, real), 100, "mean", real.arch.prefix_tokens).to(cuda).train()
     batch = Batch(

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from sidebench.adapters._base import Batch, Body, CachedMethod, FittedMethod, LiveMethod, PrefixMethod, trained
 from sidebench.adapters.unipt import UniPT
 from sidebench.bench import training
+from sidebench.bench.assemble import Assembled
 from sidebench.bench.device_memory import DeviceMeter
+from sidebench.bench.goals.classes import Classes
 from sidebench.bench.learner import CachedSource, Learner, LiveSource
 from sidebench.bench.measure import measure_training
 from sidebench.bench.predict import Step, kept_shapes, predict
@@ -288,12 +290,13 @@ def test_measuring_leaves_the_statistics_as_they_were_and_is_predicted_to_the_by
     assert found.by_category == memory.values["memory_by_category"]
     assert found.peak_bytes == memory.values["peak_tracked_bytes"]
     assert kept_shapes(UniPT(), tiny_cnn, Step(8, 2))["stages.0"] == (64, 4)
-    copied = with_prediction(memory, Job(), UniPT(), learner, batch, form, None)  # type: ignore[arg-type]
+    made = Assembled(learner, source, (), targets.numpy(), Classes(2))
+    copied = with_prediction(memory, Job(), UniPT(), made, batch)  # type: ignore[arg-type]
     assert copied.values["predicted_peak_bytes"] == memory.values["peak_tracked_bytes"]
 
 
 class Job:
-    num_outputs, precision, device, pooling = 2, "fp32", "cpu", "mean"
+    precision, device = "fp32", "cpu"
 
 
 def test_a_cached_text_batch_with_a_fixed_layer_is_predicted_to_the_byte(tiny_bert: Backbone, tmp_path: Path) -> None:
@@ -335,10 +338,7 @@ class MixedBody(Body):
 def test_a_live_batch_has_the_final_layers_mask(tiny_cnn: Backbone) -> None:
     images = toys.make_images(4)
 
-    class Task:
-        examples = images
-
-    source = LiveSource(tiny_cnn, Task())  # type: ignore[arg-type]
+    source = LiveSource(tiny_cnn, images)
     (batch,) = source.batches([np.arange(4)])
     assert batch.mask.shape == (4, 4)
     assert source.lengths().tolist() == [4] * 4

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sidebench.adapters._base import Batch, Body
 from sidebench.bench import training
 from sidebench.bench.learner import CachedSource, Learner, LiveSource, longest_batch
-from sidebench.bench.tasks.base import Pooling, Task
+from sidebench.bench.tasks.base import Pooling
 from sidebench.bench.training import Diverged, Settings, load_trained, predict, snapshot, train
 from sidebench.cache.backbone import Backbone
 from sidebench.cache.feed import batches_of, epoch_order
@@ -273,7 +273,7 @@ def test_cached_and_live_runs_meet_the_same_tokens_and_measure_the_same_batch(
 ) -> None:
     store = ZarrStore(toys.build_store(tiny_bert, text_examples, tmp_path).folder)
     cached = CachedSource(store, (tiny_bert.final_layer,), torch.device("cpu"), store.lengths())
-    live = LiveSource(tiny_bert, Task("toy", text_examples, ("no", "yes"), None))
+    live = LiveSource(tiny_bert, text_examples)
     assert cached.lengths().tolist() == live.lengths().tolist()
     index = longest_batch(np.arange(40), live.lengths(), 8)
     (stored,), (computed,) = cached.batches([index]), live.batches([index])
@@ -287,7 +287,7 @@ def test_cached_and_live_runs_meet_the_same_tokens_and_measure_the_same_batch(
 def test_a_live_source_of_images_gives_one_mask_entry_per_token(
     tiny_vit: Backbone, image_examples: toys.ToyExamples
 ) -> None:
-    source = LiveSource(tiny_vit, Task("toy", image_examples, ("no", "yes"), None))
+    source = LiveSource(tiny_vit, image_examples)
     (batch,) = source.batches([np.array([3, 1])])
     with torch.no_grad():
         assert batch.mask.shape == tiny_vit.tokens(dict(batch.inputs)).shape[:2]

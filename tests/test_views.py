@@ -169,7 +169,7 @@ def test_a_solver_sees_every_view_of_its_examples_once(index: list[int], views: 
 def test_live_methods_see_what_the_cache_was_built_from(pair: tuple[Backbone, Any], tmp_path: Path) -> None:
     backbone, examples = pair
     store = ZarrStore(toys.build_store(backbone, examples, tmp_path, views=VIEWS, seed=4).folder)
-    live = LiveSource(backbone, Task("toy", examples, ("no", "yes"), None), views=VIEWS, view_seed=4)
+    live = LiveSource(backbone, examples, views=VIEWS, view_seed=4)
     assert live.lengths().tolist() == store.lengths().tolist()
     assert len(store) == N * (1 + VIEWS)
     final = backbone.final_layer
@@ -187,9 +187,9 @@ def test_images_prepared_batch_by_batch_are_the_same_views(tiny_vit: Backbone, m
 
     task = Task("toy", toys.make_images(N), ("no", "yes"), None)
     index = np.array([3, N + 3, 3 * N + 1])
-    (kept,) = LiveSource(tiny_vit, task, views=VIEWS, view_seed=2).batches([index])
+    (kept,) = LiveSource(tiny_vit, task.examples, views=VIEWS, view_seed=2).batches([index])
     monkeypatch.setattr(learner, "_PREPARED_IN_RAM_BYTES", 0)
-    source = LiveSource(tiny_vit, task, views=VIEWS, view_seed=2)
+    source = LiveSource(tiny_vit, task.examples, views=VIEWS, view_seed=2)
     (made,) = source.batches([index])
     assert torch.equal(kept.inputs["pixel_values"], made.inputs["pixel_values"])
     assert len(source.lengths()) == N * (1 + VIEWS)

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from joint_files import ANSWERS, write_json, write_vqa
+from joint_files import ANSWERS, write_json, write_vocabulary, write_vqa
 
+from sidebench.bench.tasks.answers import LONGEST_ANSWER
 from sidebench.bench.tasks.base import AnswerTask
 from sidebench.bench.tasks.load import load_any
 from sidebench.bench.tasks.vqa import read_annotations
@@ -265,3 +266,20 @@ def test_annotations_of_another_form_are_refused(change: Callable[[Any], object]
     with pytest.raises(SidebenchError) as caught:
         read_annotations(path, [8000, 8001, 9000, 9001])
     assert part in str(caught.value)
+
+
+def test_an_answer_as_long_as_a_book_is_refused(tmp_path: Path) -> None:
+    uri = write_vqa(tmp_path)
+    write_vocabulary(tmp_path / "data" / "vqa", [*ANSWERS, "a" * (LONGEST_ANSWER + 1)])
+    _refused(uri, "trainval_label2ans.json has an answer of 1,001 characters")
+
+
+def test_so_is_one_that_a_person_gave(tmp_path: Path) -> None:
+    task = _load(write_vqa(tmp_path))
+    assert task.annotations is not None
+    document = json.loads(task.annotations.read_text())
+    document["annotations"][0]["answers"][3]["answer"] = "a" * (LONGEST_ANSWER + 1)
+    task.annotations.write_text(json.dumps(document))
+    asked = [one["question_id"] for one in document["annotations"]]
+    with pytest.raises(SidebenchError, match="answers of at most 1000 characters"):
+        read_annotations(task.annotations, asked)

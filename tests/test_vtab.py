@@ -227,7 +227,7 @@ def test_cached_and_live_methods_see_the_same_squashed_images(models: Path, tmp_
         store = ZarrStore(toys.build_store(backbone, task.examples, tmp_path / "caches").folder)
         cached = CachedSource(store, (backbone.final_layer,), torch.device("cpu"), store.lengths())
         index = np.array([3, 20, 35])
-        (stored,), (computed,) = cached.batches([index]), LiveSource(backbone, task).batches([index])
+        (stored,), (computed,) = cached.batches([index]), LiveSource(backbone, task.examples).batches([index])
         with torch.no_grad():
             found[words] = backbone.tokens(dict(computed.inputs))
         torch.testing.assert_close(stored.state(backbone.final_layer), found[words])

@@ -20,7 +20,7 @@ from outcomes import write_texts
 
 from sidebench.bench import build_workers
 from sidebench.bench.build_workers import LocalWorkers
-from sidebench.bench.prepare import Inputs, Prepared, build_store, plan_store, prepare
+from sidebench.bench.prepare import Inputs, Tower, build_store, only_tower, plan_store, prepare
 from sidebench.cache import layout
 from sidebench.cache.backbone import Backbone
 from sidebench.cache.build import BuildResult, CaptureOptions, Plan, build, plan
@@ -169,14 +169,15 @@ def test_a_worker_writes_its_share_and_nothing_else(planned: Plan, tmp_path: Pat
 # Real processes
 
 
-def _prepared(backbone: str, task: str, cache_dir: Path, **form: Any) -> tuple[Prepared, Plan]:
+def _prepared(backbone: str, task: str, cache_dir: Path, **form: Any) -> tuple[Tower, Plan]:
     prepared = prepare(Inputs(backbone, task, device="cpu"), home=cache_dir, cache_dir=cache_dir, say=lambda _: None)
-    return prepared, plan_store(prepared, CaptureOptions(batch_size=BATCH, **form))
+    tower = only_tower(prepared)
+    return tower, plan_store(tower, CaptureOptions(batch_size=BATCH, **form))
 
 
-def _with_workers(prepared: Prepared, planned: Plan, count: int = 2) -> BuildResult:
-    workers = LocalWorkers(count, prepared, planned, prepared.cache_dir)
-    return build_store(prepared, planned, progress=lambda *_: None, say=lambda _: None, workers=workers)
+def _with_workers(tower: Tower, planned: Plan, count: int = 2) -> BuildResult:
+    workers = LocalWorkers(count, tower, planned, tower.cache_dir)
+    return build_store(tower, planned, progress=lambda *_: None, say=lambda _: None, workers=workers)
 
 
 def _pictures(folder: Path, count: int = 260) -> str:
@@ -188,13 +189,13 @@ def _pictures(folder: Path, count: int = 260) -> str:
 
 
 @pytest.fixture
-def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float, Path], tuple[Prepared, Plan]]:
+def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float, Path], tuple[Tower, Plan]]:
     """A backbone without transformers, so that a worker starts fast, that takes `seconds` per batch."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     task = _pictures(tmp_path / "pictures")
 
-    def made(seconds: float, cache_dir: Path, **form: Any) -> tuple[Prepared, Plan]:
+    def made(seconds: float, cache_dir: Path, **form: Any) -> tuple[Tower, Plan]:
         (tmp_path / "slowly.py").write_text(SLOW.replace("SECONDS", str(seconds)))
         sys.modules.pop("slowly", None)
         return _prepared("module:slowly:make", task, cache_dir, **form)
@@ -230,13 +231,13 @@ def test_processes_make_the_bytes_of_one_with_real_loaders(
 
 def test_a_worker_that_is_killed_is_named_and_the_next_build_resumes(slow: Any, tmp_path: Path) -> None:
     whole = _bytes(_with_workers(*slow(0, tmp_path / "one"), count=1).folder)
-    prepared, planned = slow(0.3, tmp_path / "two")
+    tower, planned = slow(0.3, tmp_path / "two")
     killer = threading.Thread(target=_kill_a_worker, args=(planned, tmp_path / "two"))
     killer.start()
     with pytest.raises(
         SidebenchError, match=r"build worker \d of 2 was killed by SIGKILL .*run the same command again"
     ):
-        _with_workers(prepared, planned)
+        _with_workers(tower, planned)
     killer.join()
     assert not _children(os.getpid())
     result = _with_workers(*slow(0, tmp_path / "two"), count=1)
@@ -245,10 +246,10 @@ def test_a_worker_that_is_killed_is_named_and_the_next_build_resumes(slow: Any, 
 
 
 def test_a_worker_s_refusal_reaches_the_user_as_its_sentence(slow: Any, tmp_path: Path) -> None:
-    prepared, planned = slow(0, tmp_path / "two")
+    tower, planned = slow(0, tmp_path / "two")
     (tmp_path / "slowly.py").write_text(SLOW.replace("SECONDS", "0").replace("manual_seed(0)", "manual_seed(1)"))
     with pytest.raises(SidebenchError, match="the backbone or the task changed while the build began"):
-        _with_workers(prepared, planned)
+        _with_workers(tower, planned)
     assert not _children(os.getpid())
 
 

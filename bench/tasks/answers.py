@@ -40,12 +40,17 @@ class Question(NamedTuple):
     label: Label
 
 
+LONGEST_ANSWER = 1000  # characters; arrays of texts give every one the room of the longest
+
+
 def read_vocabulary(folder: Path, source: str) -> dict[str, int]:
     """Class of each answer, in order of the classes, from the two files that say it and must agree."""
     ordered_path, index_path = folder / "trainval_label2ans.json", folder / "trainval_ans2label.json"
     ordered, index = read_json(ordered_path, source), read_json(index_path, source)
     if not isinstance(ordered, list) or not ordered or not all(isinstance(answer, str) for answer in ordered):
         raise SidebenchError(f'{ordered_path} is no list of answers such as ["yes", "no"].')
+    if longest := next((answer for answer in ordered if len(answer) > LONGEST_ANSWER), None):
+        raise SidebenchError(f"{ordered_path} has an answer of {len(longest):,} characters; at most {LONGEST_ANSWER}.")
     vocabulary = {answer: label for label, answer in enumerate(ordered)}
     if len(vocabulary) < len(ordered):
         twice = next(answer for label, answer in enumerate(ordered) if vocabulary[answer] != label)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...cache.errors import SidebenchError, unknown
 from ...cache.uri import Uri
-from .answers import Format, Label, Question, answer_task, read_questions, read_vocabulary
+from .answers import LONGEST_ANSWER, Format, Label, Question, answer_task, read_questions, read_vocabulary
 from .base import AnswerTask
 from .image_text import carved, said_overlap
 from .json_fields import Item, items_of, read_json
@@ -109,4 +109,6 @@ def _ten_answers(item: Item) -> tuple[str, ...]:
     texts = tuple(answer for answer in answers if isinstance(answer, str))
     if not isinstance(given, list) or not len(given) == len(texts) == _PEOPLE:
         raise item.refused("answers", f'{_PEOPLE} objects such as {{"answer": "yes"}}')
+    if max(map(len, texts)) > LONGEST_ANSWER:
+        raise item.refused("answers", f"answers of at most {LONGEST_ANSWER} characters")
     return texts
