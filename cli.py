@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -32,6 +32,7 @@ from .bench.options import (
     PerChannel,
     Precision,
     Quiet,
+    RecipeName,
     Set,
     SplitSeed,
     Steps,
@@ -42,12 +43,18 @@ from .bench.options import (
     displayed,
     names_of,
     precision_of,
+    recipe_of,
     seeds_of,
     settings_of,
     shots_of,
     show,
+    typed_in,
 )
 from .cache.errors import SidebenchError
+
+if TYPE_CHECKING:
+    from .bench.plan import PlanRequest
+    from .bench.recipes import Recipe
 
 
 class Guarded(TyperGroup):
@@ -81,6 +88,7 @@ app.add_typer(list_app)  # at the top
 
 @app.command()
 def compare(
+    context: typer.Context,
     backbone: Backbone,
     task: Task,
     methods: Methods,
@@ -123,6 +131,10 @@ def compare(
         bool, typer.Option("--allow-overlap", help="Go on with METHOD@FILE that was trained on examples of the task.")
     ] = False,
     runs_dir: Annotated[Path, typer.Option(help="Where records, predictions and reports go.")] = Path("runs"),
+    recipe: RecipeName = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Predict what it would take, as bench plan does, and run nothing.")
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -131,6 +143,7 @@ def compare(
     from .bench.finish import finish
     from .bench.outcome import Request
     from .bench.prepare import Inputs
+    from .bench.recipes_plan import plan_request
     from .bench.report import print_table
     from .bench.suite import compare_suite, show_suite, suite_of
     from .cache.build import CaptureOptions
@@ -138,10 +151,11 @@ def compare(
 
     if cache_in_ram and cache_on_device:
         raise SidebenchError("--cache-in-ram and --cache-on-device exclude each other; choose one.")
+    chosen, found_recipe = names_of(methods) or (), recipe_of(recipe)
     request = Request(
         inputs=Inputs(backbone, task, image_size, max_length, limit, device),
-        methods=names_of(methods) or (),
-        settings=settings_of(set_),
+        methods=chosen,
+        settings=settings_of(set_) if found_recipe is None else found_recipe.settings_with(settings_of(set_), chosen),
         seeds=seeds_of(seeds),
         shots=shots_of(shots),
         epochs=epochs,
@@ -157,6 +171,9 @@ def compare(
         map_init=names_of(map_init) or (),
         allow_overlap=allow_overlap,
     )
+    if dry_run:
+        _show_plan(plan_request(request), found_recipe, context, cache_dir, as_json=as_json, quiet=quiet)
+        return
     if suite := suite_of(task):
         with displayed(quiet) as display:
             where = {"home": home(), "cache_dir": caches(cache_dir), "runs_dir": runs_dir}
@@ -251,6 +268,7 @@ def pretrain(
 
 @app.command()
 def plan(
+    context: typer.Context,
     backbone: Annotated[str, typer.Option(help="hf-config:PRESET, a folder or JSON file, or any backbone.")],
     methods: Methods,
     set_: Set = None,
@@ -265,6 +283,9 @@ def plan(
     semantics: Annotated[str, typer.Option(help="cuda or cpu: whose kernels and optimiser defaults.")] = "cuda",
     attention: Annotated[str, typer.Option(help="auto, efficient, flash or math.")] = "auto",
     device_memory: Annotated[str | None, typer.Option(help="24GiB, 24GB or bytes: say what fits.")] = None,
+    with_forward: Annotated[
+        bool, typer.Option("--with-forward", help="Cached methods also with the frozen forward beside them.")
+    ] = False,
     layers: Layers = None,
     dtype: Dtype = "float16",
     tokens: Tokens = "all",
@@ -272,20 +293,20 @@ def plan(
     compression: Compression = None,
     views: Views = 0,
     seed: CaptureSeed = 0,
+    recipe: RecipeName = None,
     cache_dir: CacheDir = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Predict every method's peak memory, what fits, and the cache's size and gain; needs no GPU, weights or data."""
-    from .bench.plan import PlanRequest, plan
-    from .bench.plan_report import print_plan
+    from .bench.plan import PlanRequest
     from .cache.build import CaptureOptions
-    from .cache.home import home
 
+    chosen, found_recipe = names_of(methods) or (), recipe_of(recipe)
     request = PlanRequest(
         backbone=backbone,
-        methods=names_of(methods) or (),
-        settings=settings_of(set_),
+        methods=chosen,
+        settings=settings_of(set_) if found_recipe is None else found_recipe.settings_with(settings_of(set_), chosen),
         task=task,
         limit=limit,
         batch_size=batch_size,
@@ -298,10 +319,30 @@ def plan(
         attention=attention,
         capture=CaptureOptions(names_of(layers), dtype, 64, tokens, per_channel, compression, views, seed),
         device_memory=device_memory,
+        with_forward=with_forward,
     )
+    _show_plan(request, found_recipe, context, cache_dir, as_json=as_json, quiet=quiet)
+
+
+def _show_plan(
+    request: "PlanRequest",
+    recipe: "Recipe | None",
+    context: typer.Context,
+    cache_dir: Path | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    from .bench.plan_report import print_plan
+    from .bench.recipes_plan import plan_any, recipe_lines
+    from .cache.home import home
+
+    where = {"home": home(), "cache_dir": caches(cache_dir)}
     with displayed(quiet) as display:
-        document = plan(request, home=home(), cache_dir=caches(cache_dir), say=display.say)
+        document = plan_any(request, **where, say=display.say, recipe=recipe, typed=typed_in(context))
     if as_json:
         print(json.dumps(document, indent=1))
-    else:
-        print_plan(document)
+        return
+    print_plan(document)
+    for line in recipe_lines(document):
+        print(line)

@@ -13,6 +13,7 @@ from ..cache.errors import SidebenchError
 
 if TYPE_CHECKING:
     from .progress import Display
+    from .recipes import Recipe
 
 # rich's own help costs 0.2 s per call; rich serves tables and progress.
 PLAIN: dict[str, Any] = {"rich_markup_mode": None, "no_args_is_help": True, "add_completion": False}
@@ -47,6 +48,42 @@ CacheDir = Annotated[Path | None, typer.Option(help="Where caches live. Default:
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on stdout.")]
 Store = Annotated[str, typer.Argument(help="Digest of the cache, or its beginning, or its path.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No messages and no progress.")]
+
+
+def _take_recipe(context: typer.Context, name: str | None) -> str | None:
+    """Let a recipe's options stand where nothing is typed."""
+    if name is not None:
+        from .recipes import recipe_named
+
+        context.default_map = recipe_named(name).options()
+    return name
+
+
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        help="A published setting: backbone, task, methods and settings, each of which may be typed as well.",
+        callback=_take_recipe,
+        is_eager=True,  # before the options that it stands in for
+    ),
+]
+
+
+def typed_in(context: typer.Context) -> frozenset[str]:
+    """Names of the parameters that were typed."""
+    return frozenset(
+        name
+        for name in context.params
+        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    )
+
+
+def recipe_of(name: str | None) -> "Recipe | None":
+    """The recipe that was asked for, if one was."""
+    from .recipes import recipe_named
+
+    return None if name is None else recipe_named(name)
 
 
 @contextmanager

@@ -10,18 +10,24 @@ import torch
 
 from ..adapters._base import CachedMethod, FittedMethod, LiveMethod, Method, PrefixMethod
 from ..cache.backbone import Backbone
+from ..cache.clip_vil_load import config_clip_vil
 from ..cache.configs import config_backbone, without_weights
 from ..cache.errors import SidebenchError, unknown
-from ..cache.load import CONFIG_ONLY, backbone_uri, load_backbone
+from ..cache.load import CONFIG_ONLY, backbone_uri, load_backbone, projected
+from ..cache.mdetr_load import config_mdetr
 from ..cache.planning import CaptureOptions
+from ..cache.resnet_load import config_resnet
 from .choice import chosen_methods, refusal
+from .goals.base import Goal
 from .importance import predicted_peak
 from .plan_cache import CacheFacts, Data, cache_facts
 from .predict import Prediction, Step, Unpredictable, kept_shapes, predict
 from .predict_fit import predict_fit
 from .prepare import Say, resolve_device
-from .tasks.load import family_of, load_task
+from .tasks.load import JOINT, family_of, load_task
+from .tasks.pairs import is_pairs
 from .tasks.split import split
+from .with_forward import WithForward
 
 ASSUMED_EXAMPLES = 1000  # for a method solved on all training examples, where no task says how many (VTAB-1k's number)
 _LARGEST_BATCH = 2**20
@@ -51,6 +57,10 @@ class PlanRequest:
     attention: str = "auto"
     capture: CaptureOptions = field(default_factory=CaptureOptions)
     device_memory: str | None = None
+    goal: Goal | None = None  # in the place of classes and numbers
+    num_captions: int | None = None  # of a pair of backbones; `num_examples` are the items
+    frames: int = 1  # of each item
+    with_forward: bool = False  # cached methods also with the frozen forward beside them, as papers measure
 
 
 def plan(request: PlanRequest, *, home: Path, cache_dir: Path, say: Say) -> dict[str, Any]:
@@ -59,11 +69,12 @@ def plan(request: PlanRequest, *, home: Path, cache_dir: Path, say: Say) -> dict
     Raises SidebenchError for a wrong name, option or size; a method that cannot take the backbone is left to "skipped".
     """
     family = None if request.task is None else family_of(request.task)
-    configured = {named.text: method for named, method in chosen_methods(request.methods, request.settings, family)}
-    _check(request)
+    asked = chosen_methods(request.methods, request.settings, family)
+    configured = beside({named.text: method for named, method in asked}, request)
+    check(request)
     memory = None if request.device_memory is None else parse_bytes(request.device_memory)
     data = _data(request, home, say)
-    backbone = _backbone(request, home, say)
+    backbone = backbone_for(request, home, say)
     _check_modality(backbone, data)
     real = None if request.backbone.startswith(CONFIG_ONLY) else backbone
     fake = without_weights(backbone)
@@ -75,9 +86,10 @@ def plan(request: PlanRequest, *, home: Path, cache_dir: Path, say: Say) -> dict
         request.semantics,
         request.attention,
         request.capture.form(),
-        request.max_length if data.longest is None else data.longest,
+        data.longest,
         data.pooling,
         data.token_types,
+        request.goal,
     )
     rows, skipped = [], []
     for name, method in configured.items():
@@ -88,7 +100,7 @@ def plan(request: PlanRequest, *, home: Path, cache_dir: Path, say: Say) -> dict
         try:
             rows.append(_row(name, method, fake, step, data, memory))
         except Unpredictable as error:
-            rows.append(_unknown_row(name, method, str(error)))
+            rows.append(unknown_row(name, method, str(error)))
         except SidebenchError as error:
             skipped.append({"method": name, "reason": str(error)})
     kept = [method for name, method in configured.items() if name in {row["method"] for row in rows}]
@@ -97,13 +109,23 @@ def plan(request: PlanRequest, *, home: Path, cache_dir: Path, say: Say) -> dict
         "backbone": request.backbone,
         "task": request.task,
         "kind": "predicted",
-        "semantics": _semantics(request),
-        "step": _step_facts(step, fake),
+        "semantics": semantics_of(request),
+        "step": step_facts(step, fake),
         "device_memory_bytes": memory,
         "methods": rows,
         "skipped": skipped,
         "cache": facts,
     }
+
+
+def beside(methods: Mapping[str, Method], request: PlanRequest) -> dict[str, Method]:
+    """The methods and, where that was asked for, behind each cached one the same with the frozen forward beside it."""
+    found: dict[str, Method] = {}
+    for name, method in methods.items():
+        found[name] = method
+        if request.with_forward and isinstance(method, CachedMethod):
+            found[f"{name}+forward"] = WithForward(method)
+    return found
 
 
 def parse_bytes(text: str) -> int:
@@ -115,7 +137,8 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def _check(request: PlanRequest) -> None:
+def check(request: PlanRequest) -> None:
+    """Raise SidebenchError for an option that is none, or that another one excludes."""
     for option, value, known in (
         ("precision", request.precision, ("fp32", "bf16")),
         ("semantics", request.semantics, ("cuda", "cpu")),
@@ -136,16 +159,33 @@ def _data(request: PlanRequest, home: Path, say: Say) -> Data:
         return Data(num_outputs=100, num_examples=request.num_examples)
     if request.num_examples is not None:
         raise SidebenchError("--num-examples stands in for a task; with --task use --limit.")
+    if request.task.partition(":")[0] in JOINT:
+        raise SidebenchError(
+            f"{request.task} is not read for a plan, which needs no task: leave --task out and give --recipe NAME "
+            "(such as unipt-clipvil-vqa2 or unipt-mdetr-refcoco), beside which --backbone may be typed."
+        )
+    if is_pairs(request.task):
+        raise SidebenchError(
+            f"{request.backbone} is one backbone, and {request.task} has images and texts apart; "
+            "write --backbone pair:image=URI,text=URI."
+        )
     task = load_task(request.task, home=home, limit=request.limit, say=say)
     parts = split(task, 0).sizes()
     return Data(task.num_outputs, len(task.examples), parts["train"], task.pooling, task.examples)
 
 
-def _backbone(request: PlanRequest, home: Path, say: Say) -> Backbone:
+def backbone_for(request: PlanRequest, home: Path, say: Say) -> Backbone:
+    """The backbone of a request, with weights or without, as its name says."""
     uri = backbone_uri(request.backbone)
     sizes = {"image_size": request.image_size, "max_length": request.max_length}
-    if uri.scheme == CONFIG_ONLY.removesuffix(":"):
-        return config_backbone(uri.path, tower=uri.options.get("tower"), **sizes)
+    if uri.scheme == "clipvil-config":
+        return config_clip_vil(uri.path, **sizes)
+    if uri.scheme == "mdetr-config":
+        return config_mdetr(uri.path, **sizes)
+    if uri.scheme == "resnet-config":
+        return config_resnet(uri.path, request.image_size)
+    if uri.scheme == "hf-config":
+        return config_backbone(uri.path, tower=uri.options.get("tower"), projected=projected(uri), **sizes)
     device = resolve_device("auto", lambda _: None)
     return load_backbone(request.backbone, home=home, device=device, say=say, **sizes)
 
@@ -167,7 +207,7 @@ def _row(name: str, method: Method, backbone: Backbone, step: Step, data: Data, 
         found = predict_fit(
             method, examples=examples, width=width, num_outputs=step.num_outputs, semantics=step.semantics
         )
-        row |= _figures(found, memory)
+        row |= figures(found, memory)
         row["training_examples"] = examples
         row["assumes"] = f"{examples:,} training examples, solved at once, with the most that its solver keeps"
         row["by_category"] = row["largest_batch"] = None
@@ -177,7 +217,7 @@ def _row(name: str, method: Method, backbone: Backbone, step: Step, data: Data, 
         return row
     assert isinstance(method, CachedMethod | PrefixMethod | LiveMethod)
     found = predict(method, backbone, step)
-    row |= {**_figures(found, memory), "largest_batch": None, "unavailable": {}}
+    row |= {**figures(found, memory), "largest_batch": None, "unavailable": {}}
     if isinstance(method, CachedMethod) and method.gradient_examples:
         row["initialisation_peak_bytes"] = before = predicted_peak(backbone, step)
         row["fits"] = None if memory is None else row["fits"] and before <= memory
@@ -186,7 +226,8 @@ def _row(name: str, method: Method, backbone: Backbone, step: Step, data: Data, 
     return row
 
 
-def _figures(found: Prediction, memory: int | None) -> dict[str, Any]:
+def figures(found: Prediction, memory: int | None) -> dict[str, Any]:
+    """What the row of a method says of a prediction; memory: bytes of the device, where some were given."""
     allocator = found.allocator
     return {
         "trainable_params": found.trainable_params,
@@ -201,9 +242,10 @@ def _figures(found: Prediction, memory: int | None) -> dict[str, Any]:
     }
 
 
-def _unknown_row(name: str, method: Method, reason: str) -> dict[str, Any]:
-    figures = ("trainable_params", "predicted_peak_bytes", "by_category", "by_phase", "predicted_allocated_bytes")
-    missing = (*figures, "predicted_reserved_bytes", "fits", "largest_batch")
+def unknown_row(name: str, method: Method, reason: str) -> dict[str, Any]:
+    """The row of a method that cannot be predicted."""
+    names = ("trainable_params", "predicted_peak_bytes", "by_category", "by_phase", "predicted_allocated_bytes")
+    missing = (*names, "predicted_reserved_bytes", "fits", "largest_batch")
     row = {"method": name, "kind": method.kind, "initialisation_peak_bytes": None, **dict.fromkeys(missing)}
     return {**row, "unavailable": dict.fromkeys(missing, reason)}
 
@@ -265,21 +307,23 @@ def _reach(known: Mapping[int, Prediction], events: int) -> int:
     return _LARGEST_BATCH if slope <= 0 else int(high + (events - known[high].events) / slope)
 
 
-def _semantics(request: PlanRequest) -> str:
+def semantics_of(request: PlanRequest) -> str:
+    """Whose kernels and defaults the figures are of."""
     if request.semantics == "cpu":
         return "cpu"
     auto = "efficient" if request.precision == "fp32" else "flash without a mask, else efficient"
     return f"cuda, attention: {auto if request.attention == 'auto' else request.attention}"
 
 
-def _step_facts(step: Step, backbone: Backbone) -> dict[str, Any]:
-    image = backbone.arch.modality == "image"
+def step_facts(step: Step, backbone: Backbone) -> dict[str, Any]:
+    """What the step is, as `bench plan --json` has it."""
+    modality, text = backbone.arch.modality, getattr(backbone.preprocess, "max_length", None)
     return {
         "batch_size": step.batch_size,
         "num_outputs": step.num_outputs,
         "precision": step.precision,
         "optimizer": "AdamW, foreach" if step.semantics == "cuda" else "AdamW",
-        "image_size": getattr(backbone.preprocess, "image_size", None) if image else None,
-        "max_length": None if image else step.max_length or getattr(backbone.preprocess, "max_length", None),
+        "image_size": None if modality == "text" else getattr(backbone.preprocess, "image_size", None),
+        "max_length": (step.max_length if modality == "text" else None) or text,
         "steps": 2,
     }

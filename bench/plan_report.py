@@ -71,9 +71,9 @@ def _of_the_device(document: Mapping[str, Any], row: Mapping[str, Any]) -> str:
 
 
 def _cache(cache: Mapping[str, Any]) -> str:
-    text = f"cache of {len(cache['layers'])} layers: {cache['bytes_per_example']:,} bytes per example"
-    if cache["bytes"] is not None:
-        text += f", {cache['bytes'] / _MIB:,.1f} MiB for {cache['examples']:,} examples"
+    streams = cache.get("streams")
+    sizes = _size(cache) if streams is None else "; ".join(f"{name}s {_size(one)}" for name, one in streams.items())
+    text = f"cache of {len(cache['layers'])} layers: {sizes}"
     if cache["forward_seconds_per_example"] is not None:
         text += f"; one forward takes {cache['forward_seconds_per_example'] * 1e3:.2f} ms per example here"
     if cache["read_bytes_per_second"] is not None:
@@ -84,6 +84,11 @@ def _cache(cache: Mapping[str, Any]) -> str:
     if cache["break_even_passes"] is not None:
         return f"{text}; building pays after {cache['break_even_passes']:.1f} passes."
     return f"{text}. Break-even passes unknown: {cache['unavailable']['break_even_passes']}."
+
+
+def _size(cache: Mapping[str, Any]) -> str:
+    text = f"{cache['bytes_per_example']:,} bytes per example"
+    return text if cache["bytes"] is None else f"{text}, {_mib(cache['bytes'])} MiB for {cache['examples']:,} examples"
 
 
 def _batch(found: Mapping[str, Any] | None) -> str:

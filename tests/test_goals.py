@@ -9,7 +9,7 @@ import pytest
 import torch
 from clip_vil_toys import save_clip_vil
 from joint_files import write_refcoco, write_vqa
-from mdetr_toys import save_mdetr
+from mdetr_toys import make_scenes, save_mdetr
 from torch import Tensor
 
 from sidebench.adapters._base import Batch, Body
@@ -19,6 +19,7 @@ from sidebench.bench.goals.base import Tower
 from sidebench.bench.goals.boxes import HEAD_RATE, Boxes, BoxLearner
 from sidebench.bench.goals.known import goal_facts, labels_of
 from sidebench.bench.learner import LiveSource
+from sidebench.bench.tasks.base import Answers as Labels
 from sidebench.bench.tasks.base import AnswerTask, BoxTask, Spans
 from sidebench.bench.tasks.load import load_any
 from sidebench.bench.training import Settings, make_optimizer
@@ -158,20 +159,37 @@ def test_the_tokens_that_name_a_box_are_those_of_its_span(grounding: tuple[BoxTa
 def test_the_text_is_found_behind_the_image_whatever_padding_lies_between(
     grounding: tuple[BoxTask, Backbone, Boxes],
 ) -> None:
-    """Alone an example has no padding, in a batch it has: its text's tokens are the same."""
-    task, backbone, goal = grounding
+    """Alone an example has no padding; beside others of other sizes it has, behind its image and behind its text."""
+    _, backbone, _ = grounding
+    examples, texts = make_scenes(6), backbone.preprocess.texts  # type: ignore[attr-defined]
+    counts = np.array([len(ids) for ids in texts.prepare(list(examples.texts))])
+    assert len(set(counts.tolist())) > 1
+    goal = Boxes("blocks.3", {"boxes": np.zeros((6, 4)), "text_tokens": counts})
     learner = _learner(backbone, goal).eval()
-    source, targets = LiveSource(backbone, task.examples), torch.arange(len(task.examples))
-    index = np.array([0, 5, 3])
+    source, targets = LiveSource(backbone, examples), torch.arange(6)
+    index = np.arange(6)
     (together,) = source.batches([index])
     with torch.no_grad():
-        found, real = goal._found(learner, together, targets[index], "fp32")
-        for row, example in enumerate(index):
+        found, real = goal._found(learner, together, targets, "fp32")
+        for example in index:
             (alone,) = source.batches([np.array([example])])
             single, own = goal._found(learner, alone, targets[[example]], "fp32")
-            assert int(own.sum()) == goal.arrays["text_tokens"][example] == int(real[row].sum())
-            torch.testing.assert_close(found.tokens[row][real[row]], single.tokens[0][own[0]], atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(found.boxes[:, row], single.boxes[:, 0], atol=1e-5, rtol=1e-5)
+            assert int(own.sum()) == counts[example] == int(real[example].sum())
+            wanted = single.tokens[0][own[0]]
+            torch.testing.assert_close(found.tokens[example][real[example]], wanted, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(found.boxes[:, example], single.boxes[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_alone_the_text_is_the_last_tokens_that_the_encoder_yields(grounding: tuple[BoxTask, Backbone, Boxes]) -> None:
+    task, backbone, goal = grounding
+    learner = _learner(backbone, goal).eval()
+    (alone,) = LiveSource(backbone, task.examples).batches([np.array([2])])
+    with torch.no_grad():
+        found, real = goal._found(learner, alone, torch.tensor([2]), "fp32")
+        memory = backbone.capture(alone.inputs, ["blocks.3"])["blocks.3"].clone()
+        last = memory[:, -int(goal.arrays["text_tokens"][2]) :]
+        wanted = torch.nn.functional.normalize(learner.head.contrastive_align_projection_text(last), dim=-1)
+    torch.testing.assert_close(found.tokens[:, real[0]], wanted)
 
 
 def test_boxes_are_fractions_of_the_image(grounding: tuple[BoxTask, Backbone, Boxes]) -> None:
@@ -229,6 +247,14 @@ class _Numbers:
             Batch(torch.ones(len(rows), 1, dtype=torch.bool), inputs={"row": torch.from_numpy(rows)})
             for rows in batches
         ]
+
+
+def test_labels_of_some_examples_are_theirs_in_their_order() -> None:
+    labels = Labels(np.array([0, 2, 2, 3]), np.array([4, 1, 7]), np.array([0.5, 1, 0.25], dtype=np.float32))
+    some = labels.of(np.array([2, 1, 0, 2]))
+    assert some.offsets.tolist() == [0, 1, 1, 3, 4]
+    assert some.classes.tolist() == [7, 4, 1, 7]
+    assert some.scores.tolist() == [0.25, 0.5, 1, 0.25]
 
 
 def test_the_pooler_is_the_checkpoints(questions: tuple[AnswerTask, Backbone, Answers]) -> None:

@@ -142,6 +142,9 @@ def test_cpu_semantics_have_no_allocator(planned: Plan) -> None:
         ({"capture": CaptureOptions(layers=("blocs.*",))}, "blocs"),
         ({"capture": CaptureOptions(dtype="int7")}, "int8"),
         ({"task": "csv:nowhere.csv"}, "nowhere.csv"),
+        ({"task": "vqa2:v2?root=nowhere"}, "leave --task out and give --recipe .*unipt-clipvil-vqa2"),
+        ({"task": "refcoco+:val?root=nowhere"}, "leave --task out and give --recipe .*unipt-mdetr-refcoco"),
+        ({"task": "sample:digit-scenes"}, "pair:image=URI,text=URI"),
         ({"limit": 5}, "--num-examples"),
     ],
 )

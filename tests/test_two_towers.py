@@ -291,11 +291,10 @@ def test_a_video_is_the_mean_of_its_frames_directions() -> None:
 
 def test_a_head_projects_only_where_widths_differ() -> None:
     tower = Tower(_Given(), 0)
-    same, other = (Pairs(width, "mean").learner({"image": tower, "text": tower}) for width in (2, 3))
-    assert isinstance(same, Towers)
-    assert isinstance(other, Towers)
-    assert sum(p.numel() for p in same.head.parameters()) == 0
-    assert sum(p.numel() for p in other.head.parameters()) == 2 * (2 * 3 + 3)
+    for width, wanted in ((1, 2 * (2 + 1)), (2, 0), (3, 2 * (2 * 3 + 3))):
+        learner = Pairs(width, "mean").learner({"image": tower, "text": tower})
+        assert isinstance(learner, Towers)
+        assert sum(p.numel() for p in learner.head.parameters()) == wanted
 
 
 def test_a_job_of_two_streams_knows_each_ones_backbone_and_store() -> None:
