@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint methods bench pvp clean
+.PHONY: demo test test-all lint methods bench pvp retrieval clean
 
 demo: .venv/installed
 	$(BIN)/bench cache build --backbone sample:minilm-l6 --task sample:tweets --limit 800
@@ -37,6 +37,11 @@ pvp: .venv/installed
 	$(BIN)/bench pretrain $(PVP) --task sample:mnist-5k --method lora --epochs 1 --batch-size 80 --zero-shot sample:digits --out runs/pvp/lora.safetensors
 	$(BIN)/bench compare $(PVP) --task sample:$(TARGET) --shots 1,2,4,8,16 --seeds 0,1,2 --steps 40 --batch-size 16 \
 		--methods linear_probe,vpt,vpt@runs/pvp/vpt.safetensors,lora,lora@runs/pvp/lora.safetensors
+
+# Two towers of real weights, tuned to find captions and images of each other. docs/retrieval.md
+retrieval: .venv/installed
+	$(BIN)/bench compare --backbone pair:image=sample:dinov2-small,text=sample:minilm-l6 --task sample:digit-scenes \
+		--image-size 112 --methods unipt --seeds 0 --epochs 10
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

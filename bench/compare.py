@@ -15,7 +15,8 @@ from ..cache.errors import SidebenchError
 from ..cache.manifest import Manifest, missing_layers
 from ..cache.views import DESCRIPTION
 from .choice import chosen_methods, family_options, layers_read, refusal
-from .goals.known import Labels, goal_facts, labels_of, layers_of, write_labels
+from .goals.known import Labels, layers_of
+from .goals.labels import goal_facts, labels_of, write_labels
 from .jobs import LR_SHOTS, compared_job, data_facts, folder_name, learning_rates
 from .launch import Listener, chosen_lr, failed, run_all
 from .outcome import Outcome, Request, Runs

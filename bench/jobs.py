@@ -14,7 +14,8 @@ from ..cache.build import BuildResult, CaptureOptions
 from ..cache.errors import SidebenchError
 from ..cache.manifest import Manifest, canonical_json
 from ..cache.pair import is_pair, towers_of
-from .goals.known import Labels, labels_sha256
+from .goals.known import Labels
+from .goals.labels import labels_sha256
 from .outcome import Request
 from .prepare import Inputs, resolve_device
 from .record import Job

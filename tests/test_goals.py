@@ -17,7 +17,7 @@ from sidebench.bench.compare import check_pooling
 from sidebench.bench.goals.answers import Answers
 from sidebench.bench.goals.base import Tower
 from sidebench.bench.goals.boxes import HEAD_RATE, Boxes, BoxLearner
-from sidebench.bench.goals.known import goal_facts, labels_of
+from sidebench.bench.goals.labels import goal_facts, labels_of
 from sidebench.bench.learner import LiveSource
 from sidebench.bench.tasks.base import Answers as Labels
 from sidebench.bench.tasks.base import AnswerTask, BoxTask, Spans

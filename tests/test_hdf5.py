@@ -22,7 +22,7 @@ from sidebench.bench import launch as launching
 from sidebench.bench.compare import compare
 from sidebench.bench.importing import import_hdf5
 from sidebench.bench.outcome import Outcome, Request
-from sidebench.bench.prepare import Inputs, plan_store, prepare
+from sidebench.bench.prepare import Inputs, only_tower, plan_store, prepare
 from sidebench.bench.report import markdown
 from sidebench.bench.table import comparisons
 from sidebench.bench.table import rows as table_rows
@@ -638,7 +638,7 @@ def test_imported_features_are_named_and_of_one_task(place: Path, task: str, tmp
         prepare(dataclasses.replace(inputs, backbone="imported:mine", max_length=9), **options)
     prepared = prepare(dataclasses.replace(inputs, backbone="imported:mine"), **options)
     with pytest.raises(SidebenchError, match="no network behind it"):
-        plan_store(prepared, CaptureOptions())
+        plan_store(only_tower(prepared), CaptureOptions())
     with pytest.raises(SidebenchError, match="are chosen when features are made"):
         _compare(place, task, "unipt", capture=CaptureOptions(("blocks.0",)))
 

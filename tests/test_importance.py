@@ -159,7 +159,7 @@ def test_a_run_prunes_by_the_gradients_of_its_training_examples_and_records_what
     seen: list[BackboneWeights] = []
     events: list[dict[str, Any]] = []
     original = assemble.Initial.__call__
-    monkeypatch.setattr(assemble.Initial, "__call__", lambda self: seen.append(original(self)) or seen[-1])
+    monkeypatch.setattr(assemble.Initial, "__call__", lambda *words: seen.append(original(*words)) or seen[-1])
     monkeypatch.setattr(worker, "emit", lambda event, **values: events.append({"event": event, **values}))
     fisher = compared(models, tmp_path, monkeypatch, init="fisher", fisher_examples="7")
     magnitude = compared(models, tmp_path, monkeypatch, init="magnitude")
