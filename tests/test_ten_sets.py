@@ -14,6 +14,7 @@ from joint_files import write_gqa, write_refcoco, write_vqa
 from mdetr_toys import save_mdetr
 from pair_fixtures import bench, compare_here, two_towers
 from retrieval_files import COCO_PARTS, F30K_PARTS, write_karpathy, write_msrvtt, write_msvd
+from test_glue import write_glue
 
 from sidebench.bench.record import read_predictions
 
@@ -91,6 +92,20 @@ def test_official_files_go_through_the_cache_to_the_official_metric(
         assert row["predicted_peak_bytes"] == pytest.approx(row["peak_tracked_bytes"], rel=0.03), row["unavailable"]
         (added,) = read_predictions((tmp_path / path).with_suffix(".npz"), ("contributions",))
         assert np.mean(added) == pytest.approx(row["score"]["mean"])
+
+
+def test_so_does_glue_with_t5(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, task = f"hf:{models / 't5'}?tower=both", write_glue(tmp_path / "data", "mrpc", 48, 40)
+    built = bench(tmp_path, monkeypatch, "cache", "build", "--backbone", backbone, "--task", task, "--device", "cpu")
+    assert built.exit_code == 0, built.output
+    words = ("--set", "lst.reduction=2", "--methods", METHODS, "--no-build")
+    compared = compare_here(tmp_path, monkeypatch, backbone, task, *words)
+    assert compared.exit_code == 0, compared.output + compared.stderr
+    for row in compared.document["table"]:
+        assert row["error"] is None
+        assert row["score"]["name"] == "accuracy and F1"
+        assert row["score"]["parts"].keys() == {"accuracy", "F1"}
+        assert row["predicted_peak_bytes"] == row["peak_tracked_bytes"]
 
 
 @pytest.mark.parametrize(
