@@ -34,7 +34,8 @@ from ..cache.load import said
 from ..cache.store import Index
 from .cuda_semantics import CudaSemantics
 from .learner import Learner, Source
-from .predict import Step, Unpredictable, batch_for
+from .predict import Unpredictable
+from .step import Step, batch_for
 from .tasks.base import Pooling
 from .tracker import Tracker
 from .training import loss_of

@@ -21,9 +21,10 @@ from .choice import chosen_methods, refusal
 from .goals.base import Goal
 from .importance import predicted_peak
 from .plan_cache import CacheFacts, Data, cache_facts
-from .predict import Prediction, Step, Unpredictable, kept_shapes, predict
+from .predict import Prediction, Unpredictable, predict
 from .predict_fit import predict_fit
 from .prepare import Say, resolve_device
+from .step import Step, kept_shapes
 from .tasks.load import JOINT, family_of, load_task
 from .tasks.pairs import is_pairs
 from .tasks.split import split

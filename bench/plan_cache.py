@@ -24,8 +24,8 @@ from ..cache.reduction import reduction_of
 from ..cache.writer import StoreWriter
 from ..cache.zarr_store import ZarrStore
 from .choice import layers_read
-from .predict import Step, example_inputs, layer_shapes, text_tokens
 from .prepare import Say
+from .step import Step, example_inputs, layer_shapes, text_tokens
 from .tasks.base import Pooling
 
 _SAMPLE_BYTES = 64 * 10**6  # enough that opening files does not count

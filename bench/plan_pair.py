@@ -17,8 +17,9 @@ from .choice import chosen_methods, refusal
 from .goals.pairs import Pairs
 from .plan import PlanRequest, backbone_for, beside, check, figures, parse_bytes, semantics_of, step_facts, unknown_row
 from .plan_cache import CacheFacts, Data, cache_facts
-from .predict import Prediction, Step, Unpredictable, batch_for, predict_towers
+from .predict import Prediction, Unpredictable, predict_towers
 from .prepare import Say
+from .step import Step, batch_for
 from .tasks.base import PairTask
 from .tasks.load import load_any
 from .towers import PairBatch

@@ -8,9 +8,10 @@ from torch import Tensor
 from ..adapters._base import Batch, CachedMethod, FittedMethod, LiveMethod, Method, PrefixMethod
 from .assemble import Assembled
 from .measure import Memory
-from .predict import Prediction, Step, predict_again, predict_copy
+from .predict import Prediction, predict_again, predict_copy
 from .predict_fit import predict_fit
 from .record import Job
+from .step import Step
 from .towers import PairBatch
 
 

@@ -24,7 +24,7 @@ from .joint import TextThenImage
 from .load import said
 from .preprocess import Inputs, TextPreprocess
 from .resnet import STRIDE
-from .resnet_load import fit_weights, read_weights
+from .weights_file import fit_weights, read_weights, refuse_claims
 
 MAX_TOKENS = 20  # of a question, as in the reference
 SHORTER = 384  # pixels of an image's shorter side; the longer has at most 5/3 of that
@@ -98,9 +98,7 @@ def load_clip_vil(
     weights = {name: value for name, value in weights.items() if not any(re.fullmatch(p, name) for p in UNREAD)}
     shape = _shape_of(file, weights, _heads(folder))
     with torch.device("meta"):
-        claimed = sum(parameter.numel() for parameter in ClipVil(shape).parameters())
-    if 2 * claimed > file.stat().st_size:  # in two bytes each, at the very least
-        raise SidebenchError(f"{file} speaks of {claimed:,} weights and has {file.stat().st_size:,} bytes.")
+        refuse_claims(ClipVil(shape), file)
     module = ClipVil(shape)
     fit_weights(module.as_released(), weights, str(file))
     texts = TextPreprocess(_tokenizer(folder, shape), _text_length(shape, max_length))

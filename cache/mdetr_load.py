@@ -27,7 +27,7 @@ from .load import said
 from .mdetr import ROBERTA_BASE, Mdetr, MdetrShape
 from .preprocess import Inputs, TextPreprocess
 from .resnet import STAGES, STRIDE, ResNetShape
-from .resnet_load import fit_weights, read_weights
+from .weights_file import fit_weights, read_weights, refuse_claims
 
 SHORTER, LONGER = 800, 1333  # pixels a side, as the reference evaluates
 MAX_TOKENS = 256  # of a text, as in the reference
@@ -143,9 +143,7 @@ def load_mdetr(path: str, text: str | None, image_size: int | None = None, max_l
     shape = _shape_of(file, state, settings, _text_shape(folder))
     texts = _texts(folder, shape, max_length)
     with torch.device("meta"):
-        claimed = sum(parameter.numel() for parameter in Mdetr(shape).parameters())
-    if 2 * claimed > file.stat().st_size:  # in two bytes each, at the very least
-        raise SidebenchError(f"{file} speaks of {claimed:,} weights and has {file.stat().st_size:,} bytes.")
+        refuse_claims(Mdetr(shape), file)
     module = Mdetr(shape)
     fit_weights(module, state, str(file))
     return _backbone(module, MdetrPreprocess(texts, image_size), shape)

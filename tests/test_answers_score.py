@@ -1,22 +1,19 @@
 """VQA's two soft accuracies and the submission files, against loops over labels and people."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sidebench.bench.goals.answers_score import (
-    GQA_KEYS,
     contributions,
     label_scores,
     normalised,
     official_scores,
-    write_submission,
+    submission,
 )
-from sidebench.bench.tasks.base import Answers
+from sidebench.bench.tasks.base import Answers, AnswerTask
+from sidebench.bench.tasks.gqa import KEYS
 from sidebench.cache.errors import SidebenchError
 
 VOCABULARY = 6
@@ -119,12 +116,9 @@ def test_a_question_that_nobody_answered_is_refused() -> None:
         official_scores(["yes"], [[]])
 
 
-def test_submissions_are_what_the_servers_take(tmp_path: Path) -> None:
-    write_submission(tmp_path / "vqa.json", [262148000, 3], ["yes", "t-shirt"])
-    assert json.loads((tmp_path / "vqa.json").read_text()) == [
+def test_submissions_are_what_the_servers_take() -> None:
+    assert submission([262148000, 3], ["yes", "t-shirt"], AnswerTask.keys) == [
         {"question_id": 262148000, "answer": "yes"},
         {"question_id": 3, "answer": "t-shirt"},
     ]
-    write_submission(tmp_path / "gqa.json", ["201307251"], ["left"], GQA_KEYS)
-    assert json.loads((tmp_path / "gqa.json").read_text()) == [{"questionId": "201307251", "prediction": "left"}]
-    assert len(list(tmp_path.iterdir())) == 2  # nothing half-written stays
+    assert submission(["201307251"], ["left"], KEYS) == [{"questionId": "201307251", "prediction": "left"}]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sidebench.cache.clip_resnet import CLIP_RESNETS, AttentionPool, ClipResNetShape, ModifiedResNet
 from sidebench.cache.errors import SidebenchError
-from sidebench.cache.resnet_load import fit_weights
+from sidebench.cache.weights_file import fit_weights
 
 TINY = ClipResNetShape((2, 1, 1, 2), width=4, output=5, resolution=64)  # two heads, a last map of 2 x 2
 

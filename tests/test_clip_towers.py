@@ -17,7 +17,8 @@ from sidebench.adapters._base import Batch, Body, CachedMethod, LiveMethod, Pref
 from sidebench.adapters._registry import find_method
 from sidebench.adapters._unipt_single import SingleAnchor
 from sidebench.bench.choice import refusal
-from sidebench.bench.predict import Step, predict
+from sidebench.bench.predict import predict
+from sidebench.bench.step import Step
 from sidebench.cache.backbone import Backbone
 from sidebench.cache.configs import config_backbone
 from sidebench.cache.errors import SidebenchError

@@ -31,7 +31,8 @@ from sidebench.bench.learner import Learner, LiveSource
 from sidebench.bench.measure import measure_training
 from sidebench.bench.plan import PlanRequest
 from sidebench.bench.plan import plan as bench_plan
-from sidebench.bench.predict import Step, predict, predict_again
+from sidebench.bench.predict import predict, predict_again
+from sidebench.bench.step import Step
 from sidebench.bench.training import Settings
 from sidebench.cache.backbone import Backbone
 from sidebench.cache.clip_resnet import ClipResNetShape, ModifiedResNet

@@ -22,7 +22,8 @@ from sidebench.bench.assemble import seeded
 from sidebench.bench.device_memory import DeviceMeter
 from sidebench.bench.learner import Learner
 from sidebench.bench.measure import measure_training
-from sidebench.bench.predict import Step, kept_shapes, predict
+from sidebench.bench.predict import predict
+from sidebench.bench.step import Step, kept_shapes
 from sidebench.bench.training import Settings
 from sidebench.cache.backbone import Backbone
 from sidebench.cache.form import Form

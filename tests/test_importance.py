@@ -19,8 +19,8 @@ from sidebench.bench.compare import compare
 from sidebench.bench.importance import L2, Measured, predicted_peak, squared_gradients
 from sidebench.bench.learner import LiveSource
 from sidebench.bench.outcome import Outcome, Request
-from sidebench.bench.predict import Step
 from sidebench.bench.prepare import Inputs
+from sidebench.bench.step import Step
 from sidebench.bench.tasks.base import Pooling
 from sidebench.cache.architecture import Architecture
 from sidebench.cache.backbone import Backbone

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from retrieval_files import COCO_PARTS, F30K_PARTS, write_image, write_karpathy, write_lines
 
-from sidebench.bench.tasks import items
+from sidebench.bench.tasks import json_fields
 from sidebench.bench.tasks.base import PairTask
 from sidebench.bench.tasks.pairs import is_pairs, load_pairs
 from sidebench.cache.errors import SidebenchError
@@ -170,7 +170,7 @@ def test_a_mapping_that_is_none_is_refused(tmp_path: Path, content: str) -> None
 
 def test_a_file_beyond_the_limit_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_karpathy(tmp_path, "f30k", F30K_PARTS)
-    monkeypatch.setattr(items, "_MAX_JSON_BYTES", 100)
+    monkeypatch.setattr(json_fields, "_MAX_BYTES", 100)
     _refused(f"f30k:retrieval?root={folder}", "id_mapping.json has", "wanted at most 100")
 
 

@@ -21,7 +21,8 @@ from sidebench.bench.assemble import seeded
 from sidebench.bench.device_memory import DeviceMeter
 from sidebench.bench.learner import Learner
 from sidebench.bench.measure import measure_training
-from sidebench.bench.predict import Step, predict
+from sidebench.bench.predict import predict
+from sidebench.bench.step import Step
 from sidebench.bench.tracker import TrackedPeak, track
 from sidebench.bench.training import Settings, loss_of, make_optimizer, optimizer_of
 from sidebench.cache.backbone import Backbone

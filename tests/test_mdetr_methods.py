@@ -25,7 +25,8 @@ from sidebench.bench.choice import refusal
 from sidebench.bench.device_memory import DeviceMeter
 from sidebench.bench.learner import Learner
 from sidebench.bench.measure import measure_training
-from sidebench.bench.predict import Step, Unpredictable, predict_again
+from sidebench.bench.predict import Unpredictable, predict_again
+from sidebench.bench.step import Step
 from sidebench.bench.training import Settings
 from sidebench.cache.architecture import Architecture
 from sidebench.cache.backbone import Backbone

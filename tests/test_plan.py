@@ -19,7 +19,8 @@ from sidebench.bench import plan as planning
 from sidebench.bench import plan_cache
 from sidebench.bench.plan import PlanRequest, largest_batch, needed_bytes, parse_bytes, plan
 from sidebench.bench.plan_report import cells, columns, sentences, title
-from sidebench.bench.predict import Prediction, Step, predict
+from sidebench.bench.predict import Prediction, predict
+from sidebench.bench.step import Step
 from sidebench.cache.backbone import Backbone
 from sidebench.cache.configs import without_weights
 from sidebench.cache.errors import SidebenchError

@@ -24,8 +24,9 @@ from sidebench.bench.cuda_semantics import CudaSemantics, use_foreach
 from sidebench.bench.device_memory import DeviceMeter
 from sidebench.bench.learner import CachedSource, Learner
 from sidebench.bench.measure import measure_fit, measure_training
-from sidebench.bench.predict import Prediction, Step, Unpredictable, batch_for, predict
+from sidebench.bench.predict import Prediction, Unpredictable, predict
 from sidebench.bench.predict_fit import predict_fit
+from sidebench.bench.step import Step, batch_for
 from sidebench.bench.training import Settings, loss_of, make_optimizer
 from sidebench.cache.backbone import Backbone
 from sidebench.cache.configs import config_backbone, without_weights

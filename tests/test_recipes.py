@@ -27,10 +27,11 @@ from sidebench.bench.measure import measure_training
 from sidebench.bench.plan import PlanRequest
 from sidebench.bench.plan_pair import plan_pair, predict_pair
 from sidebench.bench.plan_report import sentences
-from sidebench.bench.predict import Step, Unpredictable
+from sidebench.bench.predict import Unpredictable
 from sidebench.bench.recipes import PAPER_G, Published, recipe_named
 from sidebench.bench.recipes_plan import plan_any, recipe_lines
 from sidebench.bench.recipes_table import RECIPES
+from sidebench.bench.step import Step
 from sidebench.bench.tasks.karpathy import COCO, F30K, KarpathySet
 from sidebench.bench.tasks.load import family_of
 from sidebench.bench.tasks.pairs import is_pairs

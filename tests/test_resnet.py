@@ -15,7 +15,8 @@ from sidebench.cache.errors import SidebenchError
 from sidebench.cache.load import load_backbone
 from sidebench.cache.preprocess import PlainImageProcessor
 from sidebench.cache.resnet import RESNETS, FrozenBatchNorm2d, ResNet, ResNetShape
-from sidebench.cache.resnet_load import config_resnet, fit_weights, load_resnet, read_weights
+from sidebench.cache.resnet_load import config_resnet, load_resnet
+from sidebench.cache.weights_file import fit_weights, read_weights
 
 
 def shaken(shape: ResNetShape = TINY) -> ResNet:

@@ -22,8 +22,9 @@ from sidebench.bench.device_memory import DeviceMeter
 from sidebench.bench.goals.classes import Classes
 from sidebench.bench.learner import CachedSource, Learner, LiveSource
 from sidebench.bench.measure import measure_training
-from sidebench.bench.predict import Step, kept_shapes, predict
+from sidebench.bench.predict import predict
 from sidebench.bench.predicted import with_prediction
+from sidebench.bench.step import Step, kept_shapes
 from sidebench.bench.training import Settings, load_trained, snapshot, train
 from sidebench.cache import layout
 from sidebench.cache.architecture import Architecture

@@ -14,7 +14,8 @@ from sidebench.adapters._base import Batch, CachedMethod
 from sidebench.bench.device_memory import DeviceMeter
 from sidebench.bench.learner import CachedSource, Learner
 from sidebench.bench.measure import measure_training
-from sidebench.bench.predict import Step, predict
+from sidebench.bench.predict import predict
+from sidebench.bench.step import Step
 from sidebench.bench.training import Settings
 from sidebench.cache.backbone import Backbone
 from sidebench.cache.form import Form

@@ -20,7 +20,7 @@ from ..learner import Learner, Source
 from ..tasks.base import Answers as Labels
 from ..training import Settings, autocast, predict
 from .answer_head import AnswerHead, answer_loss, soft_targets
-from .answers_score import contributions, official_scores
+from .answers_score import contributions, official_scores, submission
 from .base import Tested, Towers
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -108,8 +108,6 @@ class Answers:
     def _people(self) -> tuple[list[int], list[list[str]]]:
         return self.arrays["people_of"].tolist(), self.arrays["people"].tolist()
 
-    def _submission(self, asked: Index, logits: Tensor) -> list[dict[str, Any]]:
-        question, answer = self.keys
+    def _submission(self, asked: Index, logits: Tensor) -> list[dict[str, int | str]]:
         said = self.arrays["vocabulary"][logits.argmax(1).cpu().numpy()].tolist()
-        ids = self.arrays["question_ids"][asked].tolist()
-        return [{question: i, answer: text} for i, text in zip(ids, said, strict=True)]
+        return submission(self.arrays["question_ids"][asked].tolist(), said, self.keys)

@@ -12,7 +12,6 @@ hold it nearly normalised already.
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +19,8 @@ from numpy.typing import NDArray
 
 from ...cache.errors import SidebenchError
 from ...cache.store import Index
-from ..record import write_json
 from ..tasks.base import Answers
 from ..tasks.score import Numbers
-
-VQA_KEYS = ("question_id", "answer")
-GQA_KEYS = ("questionId", "prediction")
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # neither the apostrophe nor the colon of a time; the period has its own rule
 _COUNTED = "zero one two three four five six seven eight nine ten"
@@ -87,9 +82,9 @@ def normalised(answer: str) -> str:
     return " ".join(_REPAIRED.get(word, word) for word in digits if word not in _ARTICLES)
 
 
-def write_submission(
-    path: Path, question_ids: Sequence[int | str], answers: Sequence[str], keys: tuple[str, str] = VQA_KEYS
-) -> None:
-    """Write what the official server takes, whole or not at all: an object with these two keys per question."""
+def submission(
+    question_ids: Sequence[int | str], answers: Sequence[str], keys: tuple[str, str]
+) -> list[dict[str, int | str]]:
+    """What the official server takes: an object with these two keys per question."""
     question, answer = keys
-    write_json(path, [{question: i, answer: said} for i, said in zip(question_ids, answers, strict=True)])
+    return [{question: i, answer: said} for i, said in zip(question_ids, answers, strict=True)]

@@ -1,16 +1,14 @@
 """What retrieval sets have in common: items with their captions, the checks on them, and the limited subsample."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ...cache.errors import SidebenchError
 from .files import is_unicode, text_lines
+from .json_fields import read_json
 from .lists import existing
 from .rows import Rows, limited
-
-_MAX_JSON_BYTES = 1 << 29  # the largest official file, that of MSR-VTT, has about a tenth of it
 
 
 class Item(NamedTuple):
@@ -71,14 +69,8 @@ def listed_lines(path: Path, source: str) -> list[str]:
 
 
 def json_object(path: Path, source: str) -> dict[str, object]:
-    """A published JSON file that holds an object, of at most half a gigabyte."""
-    size = existing(path, source).stat().st_size
-    if size > _MAX_JSON_BYTES:
-        raise SidebenchError(f"{path} has {size:,} bytes; wanted at most {_MAX_JSON_BYTES:,}. Is it from {source}?")
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise SidebenchError(f"{path} is no valid JSON ({error}); it comes with {source}.") from error
+    """A published JSON file that holds an object."""
+    found = read_json(path, source)
     if not isinstance(found, dict):
         raise SidebenchError(f"{path} holds a {type(found).__name__}; wanted an object. It comes with {source}.")
     return found

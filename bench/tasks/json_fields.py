@@ -75,7 +75,7 @@ def read_json(path: Path, source: str) -> object:
     """What a JSON file holds. `source`: where the file comes from, for errors."""
     size = existing(path, source).stat().st_size
     if size > _MAX_BYTES:
-        raise SidebenchError(f"{path} has {size:,} bytes; the official file has less than {_MAX_BYTES:,}.")
+        raise SidebenchError(f"{path} has {size:,} bytes; wanted at most {_MAX_BYTES:,}. Is it from {source}?")
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
